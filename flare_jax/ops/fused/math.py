@@ -1,0 +1,120 @@
+"""Arithmetic shared by the kernels: dot products, exponentials, and how a kernel is launched.
+
+Every helper has two forms: the one for the GPU and a plain twin for interpret mode (inline
+assembly has no interpreter). `FLARE_JAX_INTERPRET=1` in the environment makes every kernel run in
+interpret mode on any platform, which is how the tests run them on a CPU.
+"""
+
+import math
+import os
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+# Pallas Triton is deprecated since jax 0.11; its successor on GPU has no dot narrower than 16.
+warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated.*")
+
+LOG2E = math.log2(math.e)
+
+
+def interpreted() -> bool:
+    """True if kernels run in interpret mode."""
+    return os.environ.get("FLARE_JAX_INTERPRET", "") == "1"
+
+
+def pallas_call(kernel, *, name, grid, in_specs, out_specs, out_shape, warps, stages, **kwargs):
+    """`pl.pallas_call` on the Triton backend (the default backend differs between jax versions)."""
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpreted(),
+        **kwargs,
+    )
+
+
+def f32_precision() -> str:
+    """How float32 operands are multiplied, from jax's `default_matmul_precision`.
+
+    "highest" or "float32": "exact", IEEE float32 on the FMA units. Anything else: "fast", three
+    bfloat16 products of the operands split in two (relative error 2^-16, TF32 has 2^-11).
+    """
+    name = str(jax.config.jax_default_matmul_precision or "").lower()
+    return "exact" if name in ("highest", "float32", "f32_f32_f32") else "fast"
+
+
+def split_bf16(x):
+    """float32 x = hi + lo in bfloat16. Truncated: rounding would use the unit that exp needs."""
+    bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
+    hi = lax.bitcast_convert_type(bits, jnp.float32)
+    return hi.astype(jnp.bfloat16), (x - hi).astype(jnp.bfloat16)
+
+
+def dot(a, b, contract=(1, 0), precision="fast"):
+    """Matrix product with float32 accumulation, contracting a's axis with b's axis.
+
+    `precision` matters to float32 operands only: see `f32_precision`.
+    """
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    if a.dtype == jnp.float32 and not interpreted() and precision == "fast":
+        (ah, al), (bh, bl) = split_bf16(a), split_bf16(b)
+        low = lax.dot_general(al, bh, dims, preferred_element_type=jnp.float32)
+        low += lax.dot_general(ah, bl, dims, preferred_element_type=jnp.float32)
+        return low + lax.dot_general(ah, bh, dims, preferred_element_type=jnp.float32)
+    exact = a.dtype == jnp.float32 or interpreted()
+    return lax.dot_general(
+        a,
+        b,
+        dims,
+        preferred_element_type=jnp.float32,
+        precision=lax.Precision.HIGHEST if exact else None,
+    )
+
+
+def asm(code: str, *args):
+    """One float32 result from float32 arguments of one shape: `$0` from `$1`, `$2`, ..."""
+    [out] = plgpu.elementwise_inline_asm(
+        code,
+        args=list(args),
+        constraints="=f" + ",f" * len(args),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
+    )
+    return out
+
+
+def float_literal(x: float) -> str:
+    """x as a float32 constant in PTX."""
+    return "0f" + np.float32(x).view(np.uint32).item().to_bytes(4, "big").hex()
+
+
+def spread(x, shape, axis):
+    """The vector x along `axis` of an array of `shape`."""
+    return lax.broadcast_in_dim(x, shape, (axis,))
+
+
+def exp2_scaled(s, c: float, m, axis: int):
+    """2**(s * c - m) with m a vector along `axis`.
+
+    Two instructions. `jnp.exp2(s * c - m)` is six: XLA compiles Pallas Triton without flushing
+    denormals and without contracting multiply-adds.
+    """
+    neg = spread(-m, s.shape, axis)
+    if interpreted():
+        return jnp.exp2(s * c + neg)
+    code = f"fma.rn.ftz.f32 t, $1, {float_literal(c)}, $2; ex2.approx.ftz.f32 $0, t;"
+    return asm("{ .reg .f32 t; " + code + " }", s, neg)
+
+
+def exp2(x):
+    """2**x, denormal results flushed to zero on the GPU."""
+    return jnp.exp2(x) if interpreted() else asm("ex2.approx.ftz.f32 $0, $1;", x)
