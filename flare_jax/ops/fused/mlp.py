@@ -1,0 +1,512 @@
+"""FLARE's residual MLP as GPU kernels, forward and backward (Pallas, Triton backend).
+
+    x0 = norm(x)  or  x
+    x[i+1] = x[i] + act(x[i] W[i] + b[i])         every layer but the last
+    out    = x[L-1] + x[L-1] W[L-1] + b[L-1]      (+ x, with skip)
+
+All layers are C x C. A program keeps a tile of tokens on the chip through all layers, so
+the forward reads x and writes out: two passes over memory where XLA makes 5 L.
+
+The backward stores nothing between forward and backward but x. It runs in segments of
+consecutive layers, last segment first. The kernel of a segment reads x and the gradient g
+at the segment's end, recomputes x[0] .. x[end], walks back through its own layers and
+writes the gradient at its start. A segment is as long as the weight gradients of its
+layers fit into registers. Weight gradients are partial sums, one a program, added up
+outside: no atomics, the same bits every time.
+
+float32 inputs use three bfloat16 products a dot ("bf16x3", about 2^-16) unless the matmul
+precision in force is "highest" or "float32", which means IEEE float32 ("ieee").
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from flare_jax.ops.fused.activations import ACTIVATIONS, Activation
+
+warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated.*")
+
+WIDTHS = (32, 64, 128)
+DTYPES = ("bfloat16", "float16", "float32")
+ONES = 16  # rows of the ones matrix that sums columns: the tensor core's smallest side
+
+Layers = Sequence[tuple[jax.Array, jax.Array]]  # (kernel [C, C] as [in, out], bias [C]) a layer
+
+
+# ---------------------------------------------------------------- block sizes ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How one kernel walks the tokens: `programs` programs, `tile` tokens at a time."""
+
+    tile: int = 64
+    warps: int = 4
+    programs: int = 264
+    stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    forward: Tile
+    backward: Tile
+    segments: tuple[int, ...]  # layers a backward kernel, from the last; the final entry repeats
+
+
+# (C, precision, few tokens) -> Plan. "native" is bfloat16 and float16. Few tokens: one tile a
+# program, whose weight gradients are written once and never held, so one segment does.
+PLANS = {
+    (32, "native", False): Plan(Tile(128, 4, 528), Tile(64, 4, 528), (5,)),
+    (64, "native", False): Plan(Tile(64, 4, 528), Tile(128, 8, 132), (3, 2)),
+    (128, "native", False): Plan(Tile(128, 8, 132), Tile(64, 8, 132), (2, 2, 1)),
+    (32, "bf16x3", False): Plan(Tile(64, 4, 528), Tile(64, 4, 264), (3, 2)),
+    (64, "bf16x3", False): Plan(Tile(64, 4, 264), Tile(64, 8, 132), (2, 2, 1)),
+    (128, "bf16x3", False): Plan(Tile(64, 8, 132), Tile(64, 8, 132), (1,)),
+    (32, "ieee", False): Plan(Tile(32, 4, 264), Tile(32, 4, 264), (1,)),
+    (64, "ieee", False): Plan(Tile(32, 4, 264), Tile(32, 4, 264), (1,)),
+    (128, "ieee", False): Plan(Tile(32, 8, 132), Tile(32, 8, 132), (1,)),
+    (32, "native", True): Plan(Tile(16, 2, 132), Tile(16, 2, 132), (5,)),
+    (64, "native", True): Plan(Tile(16, 4, 132), Tile(16, 4, 132), (5,)),
+    (128, "native", True): Plan(Tile(16, 4, 132), Tile(16, 4, 132), (5,)),
+    (32, "bf16x3", True): Plan(Tile(16, 2, 132), Tile(16, 2, 132), (5,)),
+    (64, "bf16x3", True): Plan(Tile(16, 4, 132), Tile(16, 4, 132), (5,)),
+    (128, "bf16x3", True): Plan(Tile(16, 8, 132), Tile(16, 8, 132), (5,)),
+    (32, "ieee", True): Plan(Tile(16, 4, 132), Tile(16, 4, 132), (2,)),
+    (64, "ieee", True): Plan(Tile(16, 4, 132), Tile(16, 4, 132), (2,)),
+    (128, "ieee", True): Plan(Tile(16, 8, 132), Tile(16, 8, 132), (1,)),
+}
+FEW_TOKENS = 16 * 132 * 2
+
+
+def plan_for(tokens: int, width: int, precision: str) -> Plan:
+    return PLANS[width, precision, tokens <= FEW_TOKENS]
+
+
+def dot_precision(dtype) -> str:
+    """The kind of dot for inputs of `dtype`: native, bf16x3 or ieee."""
+    if dtype != jnp.float32:
+        return "native"
+    exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    return "ieee" if exact else "bf16x3"
+
+
+# ----------------------------------------------------------------- arithmetic ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Dots:
+    """Matrix products of operands prepared once by `parts`."""
+
+    dtype: jnp.dtype
+    precision: str
+
+    def parts(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """The operand as the tensor core takes it: itself, or its high and low halves."""
+        if self.precision != "bf16x3":
+            return (x.astype(self.dtype),)
+        x = x.astype(jnp.float32)
+        # truncated, not rounded: a mask where a conversion would run on the slow unit
+        bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
+        high = lax.bitcast_convert_type(bits, jnp.float32)
+        return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+    def join(self, parts: tuple[jax.Array, ...]) -> jax.Array:
+        return functools.reduce(jnp.add, [p.astype(jnp.float32) for p in parts])
+
+    def dot(self, a, b, ca: int, cb: int, start: jax.Array) -> jax.Array:
+        """start + a b, contracting a's axis ca with b's axis cb."""
+        ieee = self.precision == "ieee"
+        product = functools.partial(
+            lax.dot_general,
+            dimension_numbers=(((ca,), (cb,)), ((), ())),
+            preferred_element_type=jnp.float32,
+            precision=lax.Precision.HIGHEST if ieee else None,
+        )
+        pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if i + j < 2]
+        for i, j in sorted(pairs, key=lambda ij: -sum(ij)):  # small terms first
+            start = start + product(a[i], b[j])
+        return start
+
+    def column_sums(self, x, start: jax.Array) -> jax.Array:
+        """start [ONES, C] + the sum of x's rows in each row: no shuffles, unlike a reduction."""
+        ones = jnp.ones((ONES, x[0].shape[0]), x[0].dtype)
+        for part in reversed(x):
+            start = self.dot((ones,), (part,), 1, 0, start)
+        return start
+
+
+def _rows(vector: jax.Array, tile: int) -> jax.Array:
+    return lax.broadcast_in_dim(vector, (tile, vector.shape[0]), (1,))
+
+
+def _columns(vector: jax.Array, width: int) -> jax.Array:
+    return lax.broadcast_in_dim(vector, (vector.shape[0], width), (0,))
+
+
+# -------------------------------------------------------------------- kernels ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is static about an MLP: shared by its kernels and its derivative."""
+
+    layers: int
+    act: str
+    precision: str
+    skip: bool  # add x itself to the output
+    normed: bool
+    epsilon: float
+    interpret: bool
+    plan: Plan
+
+    def activation(self, dtype) -> Activation:
+        # the tanh instruction's 2^-11 is below bfloat16's rounding, not below float16's
+        return Activation(self.act, dtype != jnp.bfloat16, self.interpret)
+
+
+class _Tokens:
+    """The token tiles of one program: program p of P takes tiles p, p + P, ..."""
+
+    def __init__(self, n: int, width: int, tile: Tile):
+        self.n, self.width, self.tile = n, width, tile.tile
+        self.tiles = pl.cdiv(n, tile.tile)
+        self.programs = min(tile.programs, self.tiles)
+
+    def loop(self, body, carry):
+        """carry = body(rows, mask, carry) for each tile of this program."""
+        first = pl.program_id(0)
+
+        def step(i, carry):
+            start = (first + i * self.programs) * self.tile
+            mask = None
+            if self.n % self.tile:
+                mask = _columns(start + jnp.arange(self.tile) < self.n, self.width)
+            return body(pl.ds(start, self.tile), mask, carry)
+
+        if self.tiles == self.programs:
+            return step(0, carry)
+        count = lax.div(self.tiles - first + self.programs - 1, self.programs)
+        return lax.fori_loop(0, count, step, carry)
+
+
+def _load(ref, rows, mask):
+    return plgpu.load(ref.at[rows, :], mask=mask, other=None if mask is None else 0)
+
+
+def _store(ref, rows, mask, value):
+    plgpu.store(ref.at[rows, :], value.astype(ref.dtype), mask=mask)
+
+
+def _held(dots: Dots, layers):
+    """Weights and biases of the kernel's layers, read once, kept on the chip."""
+    return [(dots.parts(w[...]), b[...].astype(jnp.float32)) for w, b in layers]
+
+
+def _normalise(x, epsilon: float):
+    """(x - mean) / std of each row, and 1 / std."""
+    width = x.shape[1]
+    x = x - _columns(jnp.sum(x, axis=1) / width, width)
+    rstd = lax.rsqrt(jnp.sum(x * x, axis=1) / width + epsilon)
+    return x * _columns(rstd, width), rstd
+
+
+def _forward_kernel(x_ref, norm_refs, sets, out_refs, *, spec: Spec, tokens: _Tokens):
+    """`sets`: the layers of each MLP on the same x; out_refs: one output each."""
+    dtype = x_ref.dtype
+    dots, act = Dots(dtype, spec.precision), spec.activation(dtype)
+    sets = [_held(dots, layers) for layers in sets]
+    norm = [r[...].astype(jnp.float32) for r in norm_refs]
+    tile = tokens.tile
+
+    def body(rows, mask, carry):
+        for layers, out_ref in zip(sets, out_refs, strict=True):
+            raw = _load(x_ref, rows, mask).astype(jnp.float32)
+            x = raw
+            if norm:
+                x = _normalise(raw, spec.epsilon)[0] * _rows(norm[0], tile) + _rows(norm[1], tile)
+            for w, b in layers[:-1]:
+                x = act.residual(dots.dot(dots.parts(x), w, 1, 0, _rows(b, tile)), x)
+            w, b = layers[-1]
+            x = dots.dot(dots.parts(x), w, 1, 0, x + _rows(b, tile))
+            if spec.skip:
+                x = x + raw
+            _store(out_ref, rows, mask, x)
+        return carry
+
+    tokens.loop(body, jnp.int32(0))
+
+
+def _backward_kernel(
+    x_ref, g_ref, skip_ref, add_ref, norm_refs, layers, dx_ref, dw_ref, dnorm_ref,
+    *, spec: Spec, first: int, tokens: _Tokens,
+):  # fmt: skip
+    """Layers first .. len(layers) - 1, of which the last may be the MLP's last.
+
+    g_ref: the gradient at the last layer's output. dx_ref: at the first one's input. dw_ref
+    [layers, C + ONES, C]: partial dW above rows that all hold partial db. Only where first
+    is 0: skip_ref, the gradient of the MLP's output, if the skip needs it; add_ref, a
+    gradient of x to add; dnorm_ref [2, ONES, C], partial gradients of scale and bias.
+    """
+    dtype = x_ref.dtype
+    dots, act = Dots(dtype, spec.precision), spec.activation(dtype)
+    layers = _held(dots, layers)
+    norm = [r[...].astype(jnp.float32) for r in norm_refs]
+    tile, width, last = tokens.tile, tokens.width, spec.layers - 1
+    own = range(first, len(layers))
+
+    def body(rows, mask, carry):
+        sums, norm_sums = carry
+        x = _load(x_ref, rows, mask).astype(jnp.float32)
+        if norm:
+            x = _normalise(x, spec.epsilon)[0] * _rows(norm[0], tile) + _rows(norm[1], tile)
+        inputs, gates = {}, {}
+        for i, (w, b) in enumerate(layers):
+            parts = dots.parts(x)
+            if i < first:
+                x = act.residual(dots.dot(parts, w, 1, 0, _rows(b, tile)), x)
+                continue
+            inputs[i] = parts
+            if i == last:
+                break
+            h = dots.dot(parts, w, 1, 0, _rows(b, tile))
+            s = act.sigmoid(h)
+            gates[i] = act.gate(s, h).astype(dtype)
+            if i + 1 < len(layers):
+                x = act.residual_from(s, h, x)
+
+        g = _load(g_ref, rows, mask).astype(jnp.float32)
+        new = []
+        for i in reversed(own):
+            dh = dots.parts(g * gates[i].astype(jnp.float32) if i in gates else g)
+            dw, db = sums[i - first]
+            new.append((dots.dot(inputs[i], dh, 0, 0, dw), dots.column_sums(dh, db)))
+            g = dots.dot(dh, layers[i][0], 1, 1, g)
+        sums = tuple(reversed(new))
+
+        if first == 0:
+            if norm:
+                x = _load(x_ref, rows, mask).astype(jnp.float32)
+                x, rstd = _normalise(x, spec.epsilon)
+                norm_sums = (
+                    dots.column_sums(dots.parts(g * x), norm_sums[0]),
+                    dots.column_sums(dots.parts(g), norm_sums[1]),
+                )
+                g = g * _rows(norm[0], tile)
+                inner = _columns(jnp.sum(g * x, axis=1) / width, width)
+                g = g - _columns(jnp.sum(g, axis=1) / width, width) - x * inner
+                g = g * _columns(rstd, width)
+            for ref in (skip_ref, add_ref):
+                if ref is not None:
+                    g = g + _load(ref, rows, mask).astype(jnp.float32)
+        _store(dx_ref, rows, mask, g)
+        return sums, norm_sums
+
+    zero = jnp.zeros((width, width), jnp.float32), jnp.zeros((ONES, width), jnp.float32)
+    norm_zero = (zero[1], zero[1]) if dnorm_ref is not None else ()
+    sums, norm_sums = tokens.loop(body, ((zero,) * len(own), norm_zero))
+    for i, (dw, db) in enumerate(sums):
+        dw_ref[i, pl.ds(0, width), :] = dw
+        dw_ref[i, pl.ds(width, ONES), :] = db
+    for i, value in enumerate(norm_sums):
+        dnorm_ref[i, :, :] = value
+
+
+# ------------------------------------------------------------------- wrappers ---
+
+
+def _call(kernel, tile: Tile, tokens: _Tokens, spec: Spec, name: str, out_shape, out_specs):
+    return pl.pallas_call(
+        kernel,
+        grid=(tokens.programs,),
+        out_shape=out_shape,
+        out_specs=out_specs,
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=spec.interpret,
+        name=name,
+    )
+
+
+def _whole(shape):
+    return pl.BlockSpec(shape, lambda p: (0,) * len(shape))
+
+
+def _forward(spec: Spec, x, norm, sets):
+    """One output [N, C] for each MLP of `sets` on the same x [N, C]."""
+    tile = spec.plan.forward
+    tokens = _Tokens(*x.shape, tile)
+    kernel = functools.partial(_forward_kernel, spec=spec, tokens=tokens)
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype)] * len(sets)
+    call = _call(kernel, tile, tokens, spec, "flare_mlp", (out,), ([_whole(x.shape)] * len(sets),))
+    return call(x, norm, sets)[0]
+
+
+def segments(layers: int, lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """[(first, end), ...] of the backward kernels, last segment first."""
+    cuts, end, i = [], layers, 0
+    while end:
+        first = max(0, end - lengths[min(i, len(lengths) - 1)])
+        cuts.append((first, end))
+        end, i = first, i + 1
+    return cuts
+
+
+def _segment(spec: Spec, first: int, end: int, x, g, skip, add, norm, layers):
+    """(dx, [(dW, db), ...], (dscale, dbias)) of layers first .. end - 1."""
+    tile = spec.plan.backward
+    tokens = _Tokens(*x.shape, tile)
+    width, count, programs = x.shape[1], end - first, tokens.programs
+    with_norm = spec.normed and first == 0
+    kernel = functools.partial(_backward_kernel, spec=spec, first=first, tokens=tokens)
+
+    def partial_sums(*shape):
+        block = pl.BlockSpec((None, *shape), lambda p: (p,) + (0,) * len(shape))
+        return jax.ShapeDtypeStruct((programs, *shape), jnp.float32), block
+
+    dw, dw_block = partial_sums(count, width + ONES, width)
+    dnorm, dnorm_block = partial_sums(2, ONES, width) if with_norm else (None, None)
+    call = _call(
+        kernel, tile, tokens, spec, f"flare_mlp_bwd_{first}_{end}",
+        (jax.ShapeDtypeStruct(x.shape, x.dtype), dw, dnorm),
+        (_whole(x.shape), dw_block, dnorm_block),
+    )  # fmt: skip
+    dx, dw, dnorm = call(x, g, skip, add, norm, layers[:end])
+    dw = jnp.sum(dw[:, :, : width + 1], axis=0)
+    grads = [(dw[i, :width], dw[i, width]) for i in range(count)]
+    return dx, grads, tuple(jnp.sum(dnorm[:, :, 0], axis=0)) if with_norm else ()
+
+
+def _backward(spec: Spec, x, norm, layers, dout, add=None):
+    """(dx + add, dnorm, dlayers) of one MLP."""
+    g, dlayers = dout, []
+    for first, end in segments(spec.layers, spec.plan.segments):
+        bottom = first == 0
+        g, grads, dnorm = _segment(
+            spec, first, end, x, g, dout if spec.skip and bottom else None,
+            add if bottom else None, norm, layers,
+        )  # fmt: skip
+        dlayers = grads + dlayers
+    cast = lambda grad, like: grad.astype(like.dtype)
+    return g, jax.tree.map(cast, dnorm, norm), jax.tree.map(cast, tuple(dlayers), layers)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mlps(spec: Spec, x, norm, sets):
+    return tuple(_forward(spec, x, norm, sets))
+
+
+def _mlps_fwd(spec, x, norm, sets):
+    return _mlps(spec, x, norm, sets), (x, norm, sets)
+
+
+def _mlps_bwd(spec, saved, douts):
+    x, norm, sets = saved
+    dx, dnorms, dsets = None, [], []
+    for layers, dout in zip(sets, douts, strict=True):
+        dx, dnorm, dlayers = _backward(spec, x, norm, layers, dout, add=dx)
+        dnorms.append(dnorm)
+        dsets.append(dlayers)
+    return dx, jax.tree.map(lambda *d: sum(d[1:], d[0]), *dnorms), tuple(dsets)
+
+
+_mlps.defvjp(_mlps_fwd, _mlps_bwd)
+
+
+# --------------------------------------------------------------------- public ---
+
+
+def supports(x: jax.Array, layers: Layers, act: str = "gelu", *, interpret: bool = False) -> None:
+    """Raises NotImplementedError, with the reason, where the kernels do not apply."""
+    width = x.shape[-1]
+    if act not in ACTIVATIONS:
+        raise NotImplementedError(f"activation {act!r}: the kernels have {ACTIVATIONS}")
+    if width not in WIDTHS:
+        raise NotImplementedError(f"width {width}: the kernels have {WIDTHS}")
+    for kernel, bias in layers:
+        if kernel.shape != (width, width) or bias.shape != (width,):
+            raise NotImplementedError(
+                f"layer {kernel.shape} with bias {bias.shape}: the kernels need all widths {width}"
+            )
+    if x.dtype.name not in DTYPES:
+        raise NotImplementedError(f"dtype {x.dtype.name}: the kernels have {DTYPES}")
+    if x.size == 0:
+        raise NotImplementedError("no tokens")
+    if not interpret:
+        _needs_gpu()
+
+
+def _needs_gpu() -> None:
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError(f"platform {jax.default_backend()!r}: the kernels need a GPU")
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    major = capability.split(".")[0]
+    if (
+        not major.isdigit()
+        or int(major) < 8
+        or "nvidia" not in jax.devices()[0].device_kind.lower()
+    ):
+        raise NotImplementedError(
+            f"{jax.devices()[0].device_kind}: the kernels need an NVIDIA GPU of Ampere or newer"
+        )
+
+
+def _run(x, sets, act, norm, skip, epsilon, plan, precision, interpret):
+    precision = precision or dot_precision(x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    spec = Spec(
+        layers=len(sets[0]),
+        act=act,
+        precision=precision,
+        skip=skip,
+        normed=norm is not None,
+        epsilon=epsilon,
+        interpret=interpret,
+        plan=plan or plan_for(flat.shape[0], flat.shape[1], precision),
+    )
+    sets = tuple(tuple((w, b) for w, b in layers) for layers in sets)
+    outs = _mlps(spec, flat, () if norm is None else tuple(norm), sets)
+    return tuple(out.reshape(x.shape) for out in outs)
+
+
+def residual_mlp(
+    x: jax.Array,
+    layers: Layers,
+    *,
+    act: str = "gelu",
+    norm: tuple[jax.Array, jax.Array] | None = None,
+    skip: bool = False,
+    epsilon: float = 1e-5,
+    plan: Plan | None = None,
+    precision: str | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The residual MLP of x [..., C]; output and gradient of x in x.dtype.
+
+    layers: (kernel [C, C] as [in, out], bias [C]) of fc1, the hidden layers and fc2.
+    norm: (scale, bias) of a LayerNorm in front, with `epsilon`. skip: add x, before the norm.
+    plan, precision: block sizes and kind of dot, else from the table and the dtype.
+    """
+    return _run(x, (layers,), act, norm, skip, epsilon, plan, precision, interpret)[0]
+
+
+def residual_mlp_pair(
+    x: jax.Array,
+    layers_k: Layers,
+    layers_v: Layers,
+    *,
+    act: str = "gelu",
+    norm: tuple[jax.Array, jax.Array] | None = None,
+    epsilon: float = 1e-5,
+    plan: Plan | None = None,
+    precision: str | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """(k, v): two MLPs of equal depth on the same x, and one gradient of x."""
+    sets = (layers_k, layers_v)
+    return _run(x, sets, act, norm, False, epsilon, plan, precision, interpret)
