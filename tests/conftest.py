@@ -1,0 +1,40 @@
+"""Settings of every test: eight fake CPU devices, full float32 products, no silent broadcasting."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 inside a tolerance
+
+TESTS = pathlib.Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() != "gpu":
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Loads `tests/golden/NAME.npz`, or the larger files of `../shared/golden` where they are."""
+
+    def load(name):
+        for folder in (TESTS / "golden", TESTS.parent.parent / "shared" / "golden"):
+            if (folder / f"{name}.npz").exists():
+                return dict(np.load(folder / f"{name}.npz"))
+        pytest.skip(f"{name}.npz is neither in tests/golden nor in ../shared/golden")
+
+    return load
+
+
+def relative(x, reference, floor=0.0) -> float:
+    """||x - reference|| / max(||reference||, floor) in float64; NaN when x holds one."""
+    x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
+    return float(np.linalg.norm(x - reference) / max(np.linalg.norm(reference), floor, 1e-300))
