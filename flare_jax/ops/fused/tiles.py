@@ -1,0 +1,112 @@
+"""Block sizes of the operator's kernels, and the shapes that follow from them.
+
+The table is filled from measurements and compiler output (README.md); nothing is tuned at run
+time. To change a choice edit `tile_for`.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+from jax.experimental import pallas as pl
+
+SMS = 132  # streaming multiprocessors, where no device says otherwise (H100, H200)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its work."""
+
+    tokens: int  # tokens per inner iteration
+    latents: int  # latents per program (encode, dz, dq) or per inner chunk (decode, dkv)
+    warps: int = 4
+    stages: int = 3  # buffers of the software pipeline
+    waves: int = 4  # programs per streaming multiprocessor; more programs, shorter ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of one call. Heads narrower than 16 share a program: `group` heads, `width` columns.
+
+    16 columns fill the tensor core's inner dimension and make whole 32-byte sectors (bfloat16).
+    """
+
+    b: int
+    n: int
+    m: int
+    h: int
+    d: int
+    precision: str  # of dots: "native" (16-bit), "fast" or "exact" (float32)
+
+    @property
+    def group(self) -> int:
+        return math.gcd(self.h, max(1, 16 // self.d))
+
+    @property
+    def width(self) -> int:
+        return self.group * self.d
+
+    @property
+    def groups(self) -> int:
+        return self.h // self.group
+
+
+def pow2(x: int) -> int:
+    return 1 << (x - 1).bit_length()
+
+
+@functools.cache
+def multiprocessors() -> int:
+    device = jax.devices()[0]
+    return getattr(device, "core_count", None) or SMS if device.platform == "gpu" else SMS
+
+
+# (kernel, float32?, large M?): the choice at width 16. See `tile_for` for other widths.
+TABLE = {
+    ("encode", False, False): Tile(64, 128, 4, 3, 4),
+    ("encode", False, True): Tile(64, 128, 4, 3, 8),
+    ("encode", True, False): Tile(64, 128, 4, 3, 2),
+    ("encode", True, True): Tile(64, 128, 4, 3, 8),
+    ("decode", False, False): Tile(64, 128, 4, 2, 64),
+    ("decode", False, True): Tile(128, 128, 8, 2, 64),
+    ("decode", True, False): Tile(64, 128, 4, 2, 64),
+    ("decode", True, True): Tile(128, 128, 8, 2, 64),
+    ("dz", False, False): Tile(64, 128, 4, 3, 4),
+    ("dz", False, True): Tile(64, 128, 4, 3, 8),
+    ("dz", True, False): Tile(64, 128, 4, 3, 2),
+    ("dz", True, True): Tile(64, 128, 4, 3, 8),
+    ("dkv", False, False): Tile(64, 64, 4, 2, 2),
+    ("dkv", False, True): Tile(64, 64, 4, 2, 16),
+    ("dkv", True, False): Tile(64, 32, 4, 1, 2),
+    ("dkv", True, True): Tile(64, 32, 4, 1, 16),
+    ("dq", False, True): Tile(64, 64, 4, 2, 8),
+    ("dq", True, True): Tile(64, 64, 4, 1, 8),
+}
+DQ_IN_REGISTERS = 256 * 16  # latents x columns; above, dq has a kernel of its own
+
+
+def fuses_dq(shape: Shape) -> bool:
+    """Whether the kernel of dk and dv also holds dq of all latents."""
+    return pow2(shape.m) * shape.width <= DQ_IN_REGISTERS
+
+
+def tile_for(kernel: str, shape: Shape) -> Tile:
+    large = kernel == "dq" or (not fuses_dq(shape) if kernel == "dkv" else shape.m > 256)
+    tile = TABLE[kernel, shape.precision != "native", large]
+    latents = tile.latents if shape.width <= 32 else tile.latents // 2
+    latents = min(latents, max(16, pow2(shape.m)))
+    tokens = min(tile.tokens, max(16, pow2(shape.n)))
+    # a warp owns 16 rows: fewer rows than that a warp make Triton compute the scores twice
+    rows = latents if kernel in ("encode", "dz", "dq") else tokens
+    return dataclasses.replace(
+        tile, latents=latents, tokens=tokens, warps=min(tile.warps, max(1, rows // 16))
+    )
+
+
+def splits_for(shape: Shape, tile: Tile, blocks: int) -> tuple[int, int]:
+    """(splits, token tiles per split): `blocks` x splits programs fill the device in waves."""
+    total = pl.cdiv(shape.n, tile.tokens)
+    wanted = max(1, multiprocessors() * tile.waves * 4 // tile.warps // blocks)
+    each = pl.cdiv(total, wanted)
+    return pl.cdiv(total, each), each
