@@ -69,8 +69,8 @@ def split_tokens(b: int, n: int, h: int, m: int) -> tuple[int, int]:
     for s in range(aim, 2 * aim + 1):
         if n % (s * TOKEN_MULTIPLE) == 0:
             return s, n // s
-    t = -(-n // aim)
-    return aim, -(-t // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    t = -(-n // (aim * TOKEN_MULTIPLE)) * TOKEN_MULTIPLE
+    return -(-n // t), t
 
 
 def prepare(q, mask, scale, b, n, *tokens, spare=False):

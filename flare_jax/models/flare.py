@@ -1,0 +1,173 @@
+"""The FLARE surrogate: point features in, field values out (arXiv 2508.12594, section 3).
+
+    x = in_proj(x);  for each block: x = x + mixer(norm x), x = x + mlp(norm x);  out_proj(norm x)
+
+Argument names and defaults are those of the authors' code.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from flare_jax.models.layers import ACTIVATIONS, ResidualMLP, linear, norm
+from flare_jax.ops.flare import flare_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class FLAREConfig:
+    """Architecture of a FLARE model; raises ValueError for values that make none."""
+
+    channel_dim: int = 64  # channels C = heads x head width
+    num_blocks: int = 8  # mixer + MLP blocks
+    num_heads: int | None = None  # heads H; None: head width 8
+    num_latents: int = 64  # latent queries per head, M
+    attn_scale: float = 1.0  # factor on the scores; FLARE uses 1, not 1/sqrt(head width)
+    num_layers_k_proj: int = 3  # hidden layers of the key MLP; -1: one dense layer
+    num_layers_v_proj: int = 3  # hidden layers of the value MLP; -1: one dense layer
+    k_proj_mlp_ratio: float = 1.0  # hidden width of the key MLP over channels
+    v_proj_mlp_ratio: float = 1.0  # hidden width of the value MLP over channels
+    num_layers_ffn: int = 3  # hidden layers of the MLP after the mixer; -1: one dense layer
+    ffn_mlp_ratio: float = 1.0  # hidden width of that MLP over channels
+    num_layers_in_out_proj: int = 2  # hidden layers of the first and last MLP
+    out_proj_norm: bool = True  # normalise before the last MLP
+    rmsnorm: bool = False  # RMSNorm instead of LayerNorm
+    qk_norm: bool = False  # normalise latent queries and keys over the head width
+    act: str = "gelu"  # activation: gelu (tanh form) or silu
+    remat: bool = False  # recompute each block in the backward pass: less memory, more time
+    scan_blocks: bool = False  # stack the blocks' parameters and scan over them: compiles faster
+    implementation: str | None = None  # of the operator; None: the best that applies
+
+    def __post_init__(self):
+        for name in ("channel_dim", "num_blocks", "num_latents"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_layers_k_proj", "num_layers_v_proj", "num_layers_ffn"):
+            if getattr(self, name) < -1:
+                raise ValueError(f"{name} must be at least -1, got {getattr(self, name)}")
+        if self.heads < 1 or self.channel_dim % self.heads:
+            raise ValueError(
+                f"num_heads must divide channel_dim {self.channel_dim}, got {self.num_heads}"
+            )
+        if self.act not in ACTIVATIONS:
+            raise ValueError(f"act must be of {list(ACTIVATIONS)}, got {self.act!r}")
+
+    @property
+    def heads(self) -> int:
+        """H, with the default filled in."""
+        return self.channel_dim // 8 if self.num_heads is None else self.num_heads
+
+
+class FLAREMixer(nnx.Module):
+    """Mixes tokens through learned latent queries: out_proj(flare_attention(q, K(x), V(x)))."""
+
+    def __init__(self, config: FLAREConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        c, self.config = config.channel_dim, config
+        shape = (config.num_latents, config.heads, c // config.heads)  # [M, H, D]
+        self.latent_q = nnx.Param(0.1 * rngs.params.normal(shape))
+        self.k_proj = residual_mlp(config, "k_proj", dtype, rngs)
+        self.v_proj = residual_mlp(config, "v_proj", dtype, rngs)
+        if config.qk_norm:
+            self.q_norm = norm(shape[-1], config.rmsnorm, dtype, rngs)
+            self.k_norm = norm(shape[-1], config.rmsnorm, dtype, rngs)
+        self.out_proj = linear(c, c, dtype, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B N C"], mask: Bool[Array, "B N"] | None = None
+    ) -> Float[Array, "B N C"]:
+        q = self.latent_q[...].astype(x.dtype)  # [M, H, D]
+        heads = lambda x: x.reshape(*x.shape[:2], *q.shape[1:])  # [B, N, H, D]
+        k, v = heads(self.k_proj(x)), heads(self.v_proj(x))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        scale, implementation = self.config.attn_scale, self.config.implementation
+        y = flare_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
+        return self.out_proj(y.reshape(x.shape))
+
+
+class FLAREBlock(nnx.Module):
+    """x + mixer(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: FLAREConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.norm1 = norm(config.channel_dim, config.rmsnorm, dtype, rngs)
+        self.att = FLAREMixer(config, dtype=dtype, rngs=rngs)
+        self.norm2 = norm(config.channel_dim, config.rmsnorm, dtype, rngs)
+        self.mlp = residual_mlp(config, "ffn", dtype, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B N C"], mask: Bool[Array, "B N"] | None = None
+    ) -> Float[Array, "B N C"]:
+        x = x + self.att(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class OutputProjection(nnx.Module):
+    """An optional norm and the MLP from channels to output fields."""
+
+    def __init__(self, config: FLAREConfig, out_dim: int, *, dtype, rngs: nnx.Rngs):
+        c, layers = config.channel_dim, config.num_layers_in_out_proj
+        if config.out_proj_norm:
+            self.norm = norm(c, config.rmsnorm, dtype, rngs)
+        self.mlp = ResidualMLP(
+            c, c, out_dim, layers, act=config.act, input_residual=True, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N O"]:
+        return self.mlp(self.norm(x) if hasattr(self, "norm") else x)
+
+
+class FLAREModel(nnx.Module):
+    """A surrogate on point sets: features [B, N, in] -> fields [B, N, O], any N, any order.
+
+    Args:
+        config: the architecture.
+        in_dim, out_dim: input features and output fields per point.
+        dtype: computes in this dtype (float32, bfloat16, float16); parameters are float32 and the
+            output is float32.
+        rngs: Flax's source of keys for the initial parameters.
+    """
+
+    def __init__(
+        self, config: FLAREConfig, in_dim: int, out_dim: int, *, dtype=jnp.float32, rngs: nnx.Rngs
+    ):
+        self.config, self.in_dim, self.dtype = config, in_dim, dtype
+        c, layers = config.channel_dim, config.num_layers_in_out_proj
+        self.in_proj = ResidualMLP(
+            in_dim, c, c, layers, act=config.act, output_residual=True, dtype=dtype, rngs=rngs
+        )
+        block = lambda rngs: FLAREBlock(config, dtype=dtype, rngs=rngs)
+        if config.scan_blocks:
+            self.blocks = nnx.vmap(block)(rngs.split(config.num_blocks))
+        else:
+            self.blocks = nnx.List([block(rngs) for _ in range(config.num_blocks)])
+        self.out_proj = OutputProjection(config, out_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B N I"], mask: Bool[Array, "B N"] | None = None
+    ) -> Float[Array, "B N O"]:
+        """Field values at every point; those of masked points mean nothing."""
+        if x.ndim != 3 or x.shape[-1] != self.in_dim:
+            raise ValueError(f"x must be [B, N, {self.in_dim}], got shape {tuple(x.shape)}")
+        if mask is not None:  # whatever padding holds must not reach real points as a NaN
+            x = jnp.where(mask[:, :, None], x, 0)
+        block = lambda block, x: block(x, mask)
+        if self.config.remat:
+            block = jax.checkpoint(block)
+        x = self.in_proj(x.astype(self.dtype))
+        if self.config.scan_blocks:
+            x, _ = jax.lax.scan(lambda x, b: (block(b, x), None), x, self.blocks)
+        else:
+            for b in self.blocks:
+                x = block(b, x)
+        return self.out_proj(x).astype(jnp.float32)
+
+
+def residual_mlp(config: FLAREConfig, name: str, dtype, rngs: nnx.Rngs) -> ResidualMLP:
+    """One of a block's residual MLPs, C -> C: `name` is k_proj, v_proj or ffn."""
+    c = config.channel_dim
+    hidden = int(c * getattr(config, f"{name}_mlp_ratio"))
+    layers = getattr(config, f"num_layers_{name}")
+    residual = dict(input_residual=True, output_residual=True)
+    return ResidualMLP(c, hidden, c, layers, act=config.act, **residual, dtype=dtype, rngs=rngs)

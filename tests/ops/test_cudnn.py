@@ -1,0 +1,71 @@
+"""Splitting, padding and merging around cuDNN's calls, with dense stand-ins for the calls."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative
+
+from flare_jax import flare_attention, flare_encode
+from flare_jax.ops import cudnn
+
+
+def dense(q, k, v, scale):
+    s = scale * jnp.einsum("bmhd,bnhd->bmhn", q, k)
+    lse = jax.nn.logsumexp(s, axis=-1)
+    return jnp.einsum("bmhn,bnhd->bmhd", jnp.exp(s - lse[..., None]), v), lse
+
+
+def dense_vjp(q, k, v, scale, out, lse, dout):
+    a = jnp.exp(scale * jnp.einsum("bmhd,bnhd->bmhn", q, k) - lse[..., None])
+    delta = jnp.sum(dout * out, -1)[..., None]
+    ds = scale * a * (jnp.einsum("bmhd,bnhd->bmhn", dout, v) - delta)
+    dv = jnp.einsum("bmhn,bmhd->bnhd", a, dout)
+    return jnp.einsum("bmhn,bnhd->bmhd", ds, k), jnp.einsum("bmhn,bmhd->bnhd", ds, q), dv
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(cudnn, "supports", lambda *_: None)
+    monkeypatch.setattr(cudnn, "sdpa", dense)
+    monkeypatch.setattr(cudnn, "sdpa_vjp", dense_vjp)
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *a, scale, implementation: plain(*a, scale=scale)
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "masked"), [(1024, 8, False), (1024, 4, False), (1301, 8, False), (1100, 8, True)]
+)
+def test_splits_give_the_whole(n, d, masked):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    q, k, v, dy = draw(8, 2, d), draw(2, n, 2, d), draw(2, n, 2, d), draw(2, n, 2, d)
+    dlse, mask = draw(2, 8, 2), None
+    if masked:  # one sample without a real token
+        mask = jnp.asarray(rng.random((2, n)) < 0.3).at[1].set(False)
+        k, v, dy = (jnp.where(mask[:, :, None, None], x, jnp.nan) for x in (k, v, dy))
+    assert cudnn.split_tokens(2, n, 2, 8)[0] > 1
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def run(q, k, v, implementation):
+        options = dict(mask=mask, scale=0.5, implementation=implementation)
+        y, pullback = jax.vjp(lambda *x: flare_attention(*x, **options), q, k, v)
+        (z, lse), pull_encode = jax.vjp(lambda *x: flare_encode(*x, **options), q, k, v)
+        lse = jnp.where(jnp.isfinite(lse), lse, 0)
+        return y, *pullback(dy), z, lse, *pull_encode((z, dlse))
+
+    names = ("y", "dq", "dk", "dv", "z", "lse", "dq of encode", "dk of encode", "dv of encode")
+    for name, x, want in zip(names, run(q, k, v, "cudnn"), run(q, k, v, "reference"), strict=True):
+        assert relative(x, want) <= 5e-6, name
+
+
+@pytest.mark.parametrize("n", [1, 63, 972, 7225, 50_000, 1_000_000, 1_024_000])
+def test_splits_cover_the_tokens_in_lengths_cudnn_takes(n):
+    s, t = cudnn.split_tokens(1, n, 8, 128)
+    assert s * t >= n > (s - 1) * t
+    assert t % cudnn.TOKEN_MULTIPLE == 0
+    assert s * 8 >= min(cudnn.BLOCKS, n // 512) / 2  # enough work to fill the device
