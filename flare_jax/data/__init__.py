@@ -1,0 +1,1 @@
+"""Reading and keeping data: file readers and the cache of generated samples."""

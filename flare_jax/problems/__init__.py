@@ -1,0 +1,1 @@
+"""Surrogate problems, one a file: fields, splits, normalisation, training loss and presets."""

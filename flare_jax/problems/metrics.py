@@ -1,0 +1,41 @@
+"""Errors of predicted fields: pure functions `(prediction, target, mask) -> [B]`."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def rel_l2(
+    prediction: Float[Array, "B N O"],
+    target: Float[Array, "B N O"],
+    mask: Bool[Array, "B N"] | None = None,
+) -> Float[Array, "B"]:
+    """Relative L2 error of each sample, over its real points and all its fields.
+
+        e_b = ||prediction_b - target_b|| / ||target_b||
+
+    Fields are physical (decoded). Points where `mask` is False count neither in the value nor in
+    the gradient, whatever they hold. Sums are taken in float32 at least. The gradient is finite
+    everywhere, zero where prediction and target agree; a target that is zero at every real point
+    (a sample that is all padding, for one) gives the absolute error ||prediction_b||.
+    """
+    if prediction.shape != target.shape or prediction.ndim != 3:
+        raise ValueError(
+            "rel_l2 compares two arrays [B, N, O], got prediction "
+            f"{list(prediction.shape)} and target {list(target.shape)}"
+        )
+    dtype = jnp.promote_types(jnp.promote_types(prediction.dtype, target.dtype), jnp.float32)
+    prediction, target = prediction.astype(dtype), target.astype(dtype)
+    if mask is not None:
+        if mask.shape != target.shape[:2]:
+            raise ValueError(f"mask is {list(mask.shape)}, fields are {list(target.shape)}")
+        prediction = jnp.where(mask[..., None], prediction, 0)
+        target = jnp.where(mask[..., None], target, 0)
+    scale = _norm(target)
+    return _norm(prediction - target) / jnp.where(scale > 0, scale, 1)
+
+
+def _norm(x: Float[Array, "B N O"]) -> Float[Array, "B"]:
+    """L2 norm of each sample; its gradient at zero is zero rather than NaN."""
+    square = jnp.sum(x * x, axis=(1, 2))
+    zero = square == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))

@@ -1,0 +1,138 @@
+"""What every surrogate problem states: its samples, their normalisation, loss and field names."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from flare_jax.problems.metrics import rel_l2
+
+
+class Normalizer(NamedTuple):
+    """Per-field shift and scale, `encoded = (physical - mean) / std`. A pytree of two arrays."""
+
+    mean: Float[Array, "F"]
+    std: Float[Array, "F"]
+
+    def encode(self, x: Float[Array, "*any F"]) -> Float[Array, "*any F"]:
+        """Physical values to values of about zero mean and unit variance."""
+        return (x - self.mean) / self.std
+
+    def decode(self, x: Float[Array, "*any F"]) -> Float[Array, "*any F"]:
+        """Inverse of `encode`."""
+        return x * self.std + self.mean
+
+    @classmethod
+    def fit(
+        cls,
+        x: Float[np.ndarray, "n N F"],
+        mask: Bool[np.ndarray, "n N"] | None = None,
+        *,
+        raw: Sequence[int] = (),
+    ) -> "Normalizer":
+        """Mean and standard deviation of each field over samples and real points, in float32.
+
+        Sums are taken in float64. A field that is constant to float32 rounding gets std 1. Fields
+        whose index is in `raw` (positions, for one) are left as they are: mean 0, std 1.
+        """
+        where = True if mask is None else np.asarray(mask)[..., None]
+        if not np.any(where):
+            raise ValueError("cannot normalise: the mask holds no real point")
+        mean = np.mean(x, axis=(0, 1), dtype=np.float64, where=where)
+        std = np.std(x, axis=(0, 1), dtype=np.float64, where=where)
+        std = np.where(std <= np.finfo(np.float32).eps * np.abs(mean), 1.0, std)
+        raw = list(raw)
+        mean[raw], std[raw] = 0.0, 1.0
+        return cls(mean.astype(np.float32), std.astype(np.float32))
+
+
+class Split(NamedTuple):
+    """Samples of one split, as NumPy arrays on the host."""
+
+    x: Float[Array, "n N in"]  # model inputs, already encoded
+    y: Float[Array, "n N O"]  # targets in physical units
+    mask: Bool[Array, "n N"] | None = None  # True = a real point; None when every point is real
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A surrogate problem, ready to train on. Shapes and values are checked at construction.
+
+    Statistics in the normalisers come from the training split alone. `valid` is cut from training
+    samples and is what selects checkpoints and settings; `test` only measures the end result.
+    """
+
+    name: str
+    train: Split
+    valid: Split | None  # None when there are no validation samples
+    test: Split
+    x_normalizer: Normalizer  # over all input columns; identity for positions
+    y_normalizer: Normalizer
+    loss: Callable  # loss(prediction, target, mask) -> [B], on physical fields, pure jax
+    inputs: tuple[str, ...]  # names of the input columns
+    targets: tuple[str, ...]  # names of the output fields
+    shape: tuple[int, ...] | None = None  # grid shape for plots, such as (85, 85)
+
+    def __post_init__(self):
+        for name in ("train", "valid", "test"):
+            split = getattr(self, name)
+            if name == "valid" and split is None:
+                continue
+            _check_split(f"{self.name}: {name}", split, len(self.inputs), len(self.targets))
+            points = split.x.shape[1]
+            if self.shape is not None and points != np.prod(self.shape):
+                raise ValueError(f"{self.name}: {name} has {points} points, grid is {self.shape}")
+        for name, normalizer, fields in (
+            ("x_normalizer", self.x_normalizer, self.inputs),
+            ("y_normalizer", self.y_normalizer, self.targets),
+        ):
+            _check_normalizer(f"{self.name}: {name}", normalizer, len(fields))
+
+    @property
+    def mean_error(self) -> float:
+        """Mean test rel-L2 of the trivial baseline: predicting the training mean for every sample.
+
+        Where no sample is padded the mean is taken point by point over the training samples;
+        otherwise it is one number per field. A surrogate that learned anything is far below it.
+        """
+        if self.train.mask is None and self.train.y.shape[1] == self.test.y.shape[1]:
+            mean = np.mean(self.train.y, axis=0, dtype=np.float64).astype(np.float32)  # [N, O]
+        else:
+            mean = self.y_normalizer.mean
+        prediction = np.broadcast_to(mean, self.test.y.shape)
+        return float(np.mean(rel_l2(prediction, self.test.y, self.test.mask)))
+
+
+def _check_split(name: str, split: Split, num_inputs: int, num_targets: int) -> None:
+    """Raises ValueError unless the split holds samples of the stated widths and finite values."""
+    x, y, mask = split
+    if x.ndim != 3 or y.ndim != 3:
+        raise ValueError(f"{name}: x and y must be [n, N, fields], got {x.shape} and {y.shape}")
+    if x.shape[:2] != y.shape[:2]:
+        raise ValueError(f"{name}: x {x.shape} and y {y.shape} differ in samples or points")
+    if 0 in x.shape[:2]:
+        raise ValueError(f"{name}: holds no samples or no points, x is {x.shape}")
+    if x.shape[2] != num_inputs or y.shape[2] != num_targets:
+        raise ValueError(
+            f"{name}: x has {x.shape[2]} columns for {num_inputs} input names, "
+            f"y has {y.shape[2]} fields for {num_targets} target names"
+        )
+    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != bool):
+        raise ValueError(f"{name}: mask must be bool {x.shape[:2]}, got {mask.dtype} {mask.shape}")
+    for field, values in (("x", x), ("y", y)):
+        if values.dtype != np.float32:
+            raise ValueError(f"{name}: {field} must be float32, got {values.dtype}")
+        bad = ~np.isfinite(values).all(axis=(1, 2))
+        if bad.any():
+            raise ValueError(f"{name}: {field} of sample {np.argmax(bad)} is not finite")
+
+
+def _check_normalizer(name: str, normalizer: Normalizer, fields: int) -> None:
+    """Raises ValueError unless mean and std are finite [fields] arrays and std is positive."""
+    mean, std = np.asarray(normalizer.mean), np.asarray(normalizer.std)
+    if mean.shape != (fields,) or std.shape != (fields,):
+        raise ValueError(f"{name}: mean {mean.shape} and std {std.shape} must be [{fields}]")
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+        raise ValueError(f"{name}: needs a finite mean and a finite positive std")
