@@ -24,7 +24,9 @@ from flare_jax.ops.fused.math import (
     exp2,
     exp2_scaled,
     f32_precision,
+    log2,
     pallas_call,
+    reciprocal,
     spread,
 )
 from flare_jax.ops.fused.tiles import Shape, pow2, splits_for, tile_for
@@ -158,7 +160,7 @@ def _merge_kernel(acc_ref, peak_ref, total_ref, z_ref, lse_ref, *, shape, splits
 
     heads = range(shape.group)
     peaks = [
-        jnp.max(part(peak_ref, 0, pow2(splits), pl.ds(i, 1), 2 * NEG), axis=0) for i in heads
+        jnp.max(part(peak_ref, 0 * start, pow2(splits), pl.ds(i, 1), 2 * NEG), axis=0) for i in heads
     ]  # [rows, 1]
 
     def body(c, carry):
@@ -199,7 +201,7 @@ def _decode_kernel(*refs, shape, tile, tiles, scale2, masked):
         q, z = (load_latents(x, c * rows, rows, shape.m, k_ref.dtype) for x in (q_ref, z_ref))
         return [(own(q, i, shape), own(z, i, shape)) for i in range(shape.group)]
 
-    held = latents(0) if chunks == 1 else None  # once for all tokens
+    held = latents(0 * first) if chunks == 1 else None  # once for all tokens
 
     def scores(k, q, c):
         s = dot(k, q, (1, 1), shape.precision)  # [tokens, latents]
@@ -233,7 +235,7 @@ def _decode_kernel(*refs, shape, tile, tiles, scale2, masked):
                 0, chunks, body, (zeros, vector, jnp.zeros_like(vector))
             )
         # a reciprocal a row, not a division an element
-        return out * (1.0 / total)[:, None], peak + jnp.log2(total)
+        return out * reciprocal(total)[:, None], peak + log2(total)
 
     def body(t, carry):
         live = live_tokens(mask_ref, t, tile.tokens, shape.n)

@@ -118,3 +118,13 @@ def exp2_scaled(s, c: float, m, axis: int):
 def exp2(x):
     """2**x, denormal results flushed to zero on the GPU."""
     return jnp.exp2(x) if interpreted() else asm("ex2.approx.ftz.f32 $0, $1;", x)
+
+
+def log2(x):
+    """log2(x) to float32 accuracy for x >= 1."""
+    return jnp.log2(x) if interpreted() else asm("lg2.approx.ftz.f32 $0, $1;", x)
+
+
+def reciprocal(x):
+    """1 / x to one unit in the last place."""
+    return 1.0 / x if interpreted() else asm("rcp.approx.ftz.f32 $0, $1;", x)

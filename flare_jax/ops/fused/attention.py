@@ -1,0 +1,92 @@
+"""The operator on NVIDIA GPUs: every step and every backward in one or two kernels each.
+
+The functions match those of the other implementations. Limits are stated by `supports`; block
+sizes are in tiles.py, what was tried and measured in README.md. float32 products follow jax's
+`default_matmul_precision`: "highest" is IEEE float32, anything else (the default too) three
+bfloat16 products, relative error 2^-16 (TF32 has 2^-11). Softmax statistics and sums are float32
+throughout. Two runs give the same bits.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from flare_jax.ops.fused.attention_backward import (
+    _dz,
+    _merge_dz,
+    compute_dtype,
+    describe,
+    gradients,
+)
+from flare_jax.ops.fused.attention_forward import decode as _decode
+from flare_jax.ops.fused.attention_forward import encode
+from flare_jax.ops.fused.math import interpreted
+
+__all__ = [
+    "attention_bwd",
+    "attention_fwd",
+    "decode",
+    "decode_vjp",
+    "encode",
+    "encode_vjp",
+    "supports",
+]
+
+DTYPES = ("bfloat16", "float16", "float32")
+WIDTHS = (4, 8, 16, 32, 64)
+
+
+def supports(q, k, v, mask) -> None:
+    """Raises NotImplementedError with the reason if the kernels cannot take these arguments."""
+    if k.dtype not in DTYPES or q.dtype not in DTYPES:
+        raise NotImplementedError(f"kernels need a dtype of {DTYPES}, got q {q.dtype}, k {k.dtype}")
+    if q.shape[-1] not in WIDTHS:
+        raise NotImplementedError(f"kernels need a head width of {WIDTHS}, got {q.shape[-1]}")
+    if interpreted():
+        return
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "0.0")
+    if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
+        raise NotImplementedError(f"kernels need an NVIDIA GPU, got {device.device_kind}")
+    if float(capability) < 8.0:
+        raise NotImplementedError(f"kernels need compute capability 8.0, got {capability}")
+
+
+def decode(q, k, z, mask, scale):
+    """y [B, N, H, D] in k's dtype, zero at masked tokens."""
+    return _decode(q, k, z, mask, scale)
+
+
+def encode_vjp(q, k, v, mask, scale, z, lse, dz, dlse=None):
+    """dq, dk, dv; z and lse may span more tokens than k and v do."""
+    d2 = jnp.sum(dz.astype(jnp.float32) * z.astype(jnp.float32), axis=-1)  # [B, M, H]
+    if dlse is not None:
+        d2 -= dlse
+    arrays = {"q": q, "k": k, "v": v, "dz": dz, "lse_m": lse, "d2": d2}
+    return gradients("encode", scale, mask, arrays)
+
+
+def decode_vjp(q, k, z, mask, scale, dy):
+    """dq, dk, dz."""
+    y, lse_n = _decode(q, k, z, mask, scale, with_lse=True)
+    parts, d1, _ = _dz(q, k, mask, y, lse_n, dy, scale)
+    arrays = {"q": q, "k": k, "dy": dy, "z": z, "lse_n": lse_n, "d1": d1}
+    dq, dk = gradients("decode", scale, mask, arrays)
+    return dq, dk, jnp.sum(parts, axis=1).reshape(z.shape)
+
+
+def attention_fwd(q, k, v, mask, scale):
+    """y [B, N, H, D] and the residuals, O(B (N + M) C)."""
+    z, lse = encode(q, k, v, mask, scale)
+    y, lse_n = _decode(q, k, z, mask, scale, with_lse=True)
+    return y, (q, k, v, mask, z, lse, y, lse_n)
+
+
+def attention_bwd(scale, residuals, dy):
+    """dq, dk, dv in two passes over the tokens, one exponential a score each."""
+    q, k, v, mask, z, lse, y, lse_n = residuals
+    parts, d1, tops = _dz(q, k, mask, y, lse_n, dy, scale)
+    dtype = compute_dtype(k.dtype)
+    dz, bdz, d2, bd2, c, spread = _merge_dz(describe(q, k), dtype, parts, tops, z, lse)
+    arrays = {"q": q, "k": k, "dy": dy, "z": z, "lse_n": lse_n, "d1": d1, "v": v, "d2": d2}
+    arrays |= {"dz": dz.reshape(z.shape), "lse_m": lse, "bdz": bdz, "bd2": bd2, "c": c}
+    return gradients("shared", scale, mask, arrays | {"spread": spread})

@@ -1,0 +1,495 @@
+"""Kernels of the backward passes.
+
+With S' = scale log2(e) q.k, L'_n its log-sum-exp over latents and L_m over tokens (base 2):
+
+    P'[n, m] = 2^(S' - L'_n)   decode's weights        P[n, m] = 2^(S' - L_m)   encode's weights
+    dz[m]    = sum_n P' dy[n]                          kernel dz, with d1[n] = dy[n].y[n]
+    dS       = P' (dy.z - d1_n) + P (v.dz - d2_m)      d2[m] = dz[m].z[m]
+    dv[n]    = sum_m P dz[m],   dk[n] = scale sum_m dS q[m],   dq[m] = scale sum_n dS k[n]
+
+One exponential serves both weights: P = P' a_n b_m with a_n = 2^(L'_n - c), b_m = 2^(c - L_m) and
+c = min_m L_m, so that b folds into dz outside the loop and a into v, a thin tile:
+
+    dS = P' (dy.z + (a v).(b dz) - d1_n - a_n b_m d2_m),   dv = a_n (P' @ (b dz))
+
+P' below 2^-126 is flushed to zero, so P is wrong by at most 2^(max L' - c - 126). Kernel dz finds
+max L'; where it exceeds c + SPREAD the programs of that head take a loop with both exponentials.
+
+dq of all latents stays in registers while M and the width allow it. Beyond that a kernel of its
+own walks the tokens for a block of latents (one more exponential, no partial dk and dv in memory).
+Partial sums per split are added in a fixed order: two runs give the same bits.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from flare_jax.ops.fused.attention_forward import (
+    NEG,
+    Specs,
+    describe,
+    flat,
+    live_tokens,
+    load_column,
+    load_latents,
+    load_rows,
+    mask_operand,
+    own,
+    store_column,
+    store_rows,
+    store_token_row,
+)
+from flare_jax.ops.fused.math import (
+    LOG2E,
+    asm,
+    dot,
+    exp2,
+    exp2_scaled,
+    interpreted,
+    pallas_call,
+    spread,
+)
+from flare_jax.ops.fused.tiles import fuses_dq, pow2, splits_for, tile_for
+
+SPREAD = 86.0  # base 2: P is then wrong by less than 2^-40
+
+
+def load_token_row(ref, head: int, start, size: int, live):
+    """Entries of one head of a [heads, N] array; zero where not live."""
+    at = ref.at[pl.ds(head, 1), pl.ds(start, size)]
+    if live is None:
+        return plgpu.load(at).reshape(size)
+    return plgpu.load(at, mask=live[None, :], other=0.0).reshape(size)
+
+
+def score_grads(p, dp, d1, a, d2, axis: int):
+    """p (dp - d1_n - a_n d2_m), tokens along `axis`."""
+    d1, a = (spread(x, p.shape, axis) for x in (d1, a))
+    d2 = spread(-d2, p.shape, 1 - axis)
+    if interpreted():
+        return p * (dp - d1 + a * d2)
+    code = "fma.rn.ftz.f32 r, $4, $5, $2; sub.ftz.f32 r, r, $3; mul.ftz.f32 $0, $1, r;"
+    return asm("{ .reg .f32 r; " + code + " }", p, dp, d1, a, d2)
+
+
+def compute_dtype(dtype):
+    """float16 has too little range for gradients of many tokens: its backward is float32's."""
+    return jnp.float32 if dtype == jnp.float16 else dtype
+
+
+def _dz_kernel(*refs, shape, tile, tiles, blocks, scale2, masked):
+    """One (latent block, head group, split): partial dz, d1 of its tokens, largest L'."""
+    q_ref, k_ref, dy_ref, y_ref, lse_ref, *refs = refs
+    mask_ref, *refs = refs if masked else (None, *refs)
+    dz_ref, d1_ref, top_ref = refs
+    index = pl.program_id(0)
+    first = lax.div(index, shape.groups * blocks) * tiles
+    start = lax.rem(lax.div(index, shape.groups), blocks) * tile.latents
+    dtype = compute_dtype(k_ref.dtype)
+    heads = range(shape.group)
+    q = load_latents(q_ref, start, tile.latents, shape.m, dtype)
+    qs = [own(q, i, shape) for i in heads]
+
+    def body(t, carry):
+        dz, tops = carry
+        live = live_tokens(mask_ref, t, tile.tokens, shape.n)
+        bound = bounds(t, tile.tokens, shape.n)
+        rows = functools.partial(load_rows, start=t * tile.tokens, size=tile.tokens, live=live)
+        k, dy, y = (rows(ref).astype(dtype) for ref in (k_ref, dy_ref, y_ref))
+        products = dy.astype(jnp.float32) * y.astype(jnp.float32)
+        out = []
+        for i in heads:
+            lse = load_token_row(lse_ref, i, t * tile.tokens, tile.tokens, live)
+            s = dot(qs[i], k, (1, 1), shape.precision)  # [latents, tokens]
+            p = exp2_scaled(s, scale2, lse, 1).astype(dtype)
+            dz += dot(p, own(dy, i, shape), (1, 0), shape.precision)
+            d1 = jnp.sum(own(products, i, shape), axis=1)
+            store_token_row(d1_ref, i, t * tile.tokens, d1, bound)
+            out.append(jnp.maximum(tops[i], lse if live is None else jnp.where(live, lse, NEG)))
+        return dz, tuple(out)
+
+    last = jnp.minimum(first + tiles, pl.cdiv(shape.n, tile.tokens))
+    zeros = jnp.zeros((tile.latents, shape.width), jnp.float32)
+    lowest = jnp.full((tile.tokens,), NEG, jnp.float32)
+    dz, tops = lax.fori_loop(first, last, body, (zeros, (lowest,) * shape.group))
+    store_rows(dz_ref, start, dz, start + jnp.arange(tile.latents) < shape.m)
+    for i in heads:
+        top_ref[i] = jnp.max(tops[i])
+
+
+def bounds(t, size: int, n: int):
+    """Which tokens of tile t are below N; None where all are."""
+    return None if n % size == 0 else t * size + jnp.arange(size) < n
+
+
+def finite_lse(ref, start, size, head, m):
+    """L_m in base 2; zero for a sample without a real token, whose gradients are zero anyway."""
+    lse = load_column(ref, start, size, head, m) * LOG2E
+    return jnp.where(lse > NEG, lse, 0.0)
+
+
+def _merge_dz_kernel(*refs, shape, splits, rows, chunk):
+    """Some latents of one head group: dz over all splits, d2, both times b, c and max L' - c."""
+    part_ref, top_ref, z_ref, lse_ref, dz_ref, bdz_ref, d2_ref, bd2_ref, c_ref, spread_ref = refs
+    start = lax.div(pl.program_id(0), shape.groups) * rows
+    live = start + jnp.arange(rows) < shape.m
+
+    def body(i, dz):
+        split = i * chunk + jnp.arange(chunk) < splits
+        mask = split[:, None, None] & live[None, :, None]
+        at = part_ref.at[pl.ds(i * chunk, chunk), pl.ds(start, rows), :]
+        part = plgpu.load(at, mask=jnp.broadcast_to(mask, (chunk, rows, shape.width)), other=0.0)
+        return dz + jnp.sum(part, axis=0)
+
+    zeros = jnp.zeros((rows, shape.width), jnp.float32)
+    dz = lax.fori_loop(0, pl.cdiv(splits, chunk), body, zeros)
+    products = dz * load_rows(z_ref, start, rows, live)
+    bdz, latents, size = zeros, jnp.arange(pow2(shape.m)), pow2(splits)
+    for i in range(shape.group):
+        lse = finite_lse(lse_ref, 0 * start, pow2(shape.m), i, shape.m)
+        c = jnp.min(jnp.where(latents < shape.m, lse, -NEG))
+        b = exp2(c - finite_lse(lse_ref, start, rows, i, shape.m))
+        d2 = jnp.sum(own(products, i, shape), axis=1)
+        store_column(d2_ref, start, i, d2, shape.m)
+        store_column(bd2_ref, start, i, d2 * b, shape.m)
+        bdz += own(dz, i, shape) * b[:, None]
+        at = top_ref.at[pl.ds(0 * start, size), pl.ds(i, 1)]
+        top = plgpu.load(at, mask=(jnp.arange(size) < splits)[:, None], other=NEG)
+        c_ref[i] = c
+        spread_ref[i] = jnp.max(top) - c
+    store_rows(dz_ref, start, dz, live)
+    store_rows(bdz_ref, start, bdz, live)
+
+
+def _pair(mode, tokens, latents, *, shape, scale2, axis, live_m):
+    """Weights, score gradients and the value that dv sums, for one head, tile and chunk.
+
+    Arrays are [tokens, latents] for axis 0 and [latents, tokens] for axis 1. Mode "shared" is one
+    exponential for both softmaxes, "both" one each, "encode" and "decode" only that softmax.
+    """
+    live, k, v, dy, lse_n, d1, a = tokens
+    q, z, dz, lse_m, d2 = latents
+
+    def product(x, y):  # tokens x latents
+        pair = (x, y) if axis == 0 else (y, x)
+        return dot(*pair, (1, 1), shape.precision)
+
+    def weights(lse, along):
+        p = exp2_scaled(s, scale2, lse, along)
+        return p if live_m is None else jnp.where(spread(live_m, p.shape, 1 - axis), p, 0.0)
+
+    s = product(k, q)
+    if mode == "shared":
+        p = weights(lse_n, axis)
+        return p, score_grads(p, product(dy, z) + product(v, dz), d1, a, d2, axis)
+    p = ds = None
+    if mode in ("decode", "both"):
+        p = weights(lse_n, axis)
+        ds = p * (product(dy, z) - spread(d1, p.shape, axis))
+    if mode in ("encode", "both"):
+        p = weights(lse_m, 1 - axis)
+        if live is not None:
+            p = jnp.where(spread(live, p.shape, axis), p, 0.0)
+        more = p * (product(v, dz) - spread(d2, p.shape, 1 - axis))
+        if ds is not None:
+            more += ds
+        ds = more
+    return p, ds
+
+
+def _maybe(load, ref):
+    return None if ref is None else load(ref)
+
+
+def input_names(mode):
+    """Operands of the kernels of dk, dv and dq in order, before the mask."""
+    decode = ["dy", "z", "lse_n", "d1"]
+    encode = ["v", "dz", "d2", "lse_m"]
+    if mode == "shared":
+        return ["q", "k", *decode, *encode, "bdz", "bd2", "c", "spread"]
+    return ["q", "k", *(decode if mode == "decode" else encode)]
+
+
+class _Inputs:
+    """What the kernels of dk, dv and dq read, by name, and how a tile or a chunk of it loads."""
+
+    def __init__(self, refs, *, shape, tile, mode, masked):
+        self.shape, self.tile, self.mode = shape, tile, mode
+        names = input_names(mode) + ["mask"] * masked
+        self.refs = dict(zip(names, refs, strict=False))
+        self.outputs = refs[len(names) :]
+        self.dtype = compute_dtype(self.refs["k"].dtype)
+
+    def latents(self, start, head, mode):
+        """q, z, dz, L_m and d2 of one head; in mode "shared" dz and d2 times b."""
+        size, m, b = self.tile.latents, self.shape.m, "b" * (mode == "shared")
+
+        def wide(name):
+            load = lambda ref: own(load_latents(ref, start, size, m, self.dtype), head, self.shape)
+            return _maybe(load, self.refs.get(name))
+
+        d2 = _maybe(lambda x: load_column(x, start, size, head, m), self.refs.get(b + "d2"))
+        lse = _maybe(lambda x: finite_lse(x, start, size, head, m), self.refs.get("lse_m"))
+        return wide("q"), wide("z"), wide(b + "dz"), lse, d2
+
+    def rows(self, t):
+        """Live tokens, k, v and dy of a tile."""
+        size = self.tile.tokens
+        live = live_tokens(self.refs.get("mask"), t, size, self.shape.n)
+        load = lambda ref: load_rows(ref, t * size, size, live).astype(self.dtype)
+        return live, *(_maybe(load, self.refs.get(name)) for name in ("k", "v", "dy"))
+
+    def tokens(self, t, head, mode, live, k, v, dy):
+        """Live tokens, k, v, dy, L'_n, d1 and a of one head; in mode "shared" v times a."""
+        size = self.tile.tokens
+        row = lambda ref: load_token_row(ref, head, t * size, size, live)
+        lse, d1 = (_maybe(row, self.refs.get(name)) for name in ("lse_n", "d1"))
+        a = None
+        if mode == "shared":
+            a = exp2(lse - self.refs["c"][head])
+            a = a if live is None else jnp.where(live, a, 0.0)
+            v = (v.astype(jnp.float32) * a[:, None]).astype(v.dtype)
+        return live, k, v, dy, lse, d1, a
+
+    def live_m(self, start):
+        size = self.tile.latents
+        return None if self.shape.m % size == 0 else start + jnp.arange(size) < self.shape.m
+
+    def by_spread(self, run):
+        """run(mode), choosing between one and two exponentials where the mode is "shared"."""
+        if self.mode != "shared":
+            return run(self.mode)
+        wide = self.refs["spread"][0]
+        for i in range(1, self.shape.group):
+            wide = jnp.maximum(wide, self.refs["spread"][i])
+        return lax.cond(wide <= SPREAD, lambda: run("shared"), lambda: run("both"))
+
+
+def _dkv_kernel(*refs, shape, tile, tiles, scale, mode, masked, with_dq):
+    """One (head group, split): dk and dv of its tokens and, where it fits, partial dq."""
+    x = _Inputs(refs, shape=shape, tile=tile, mode=mode, masked=masked)
+    dk_ref, *outputs = x.outputs
+    first = lax.div(pl.program_id(0), shape.groups) * tiles
+    last = jnp.minimum(first + tiles, pl.cdiv(shape.n, tile.tokens))
+    heads, chunks = range(shape.group), pl.cdiv(shape.m, tile.latents)
+    origin = 0 * first  # traced: a constant slice may not pass the end of an array, masked or not
+    starts = [origin + c * tile.latents for c in range(chunks)]
+    zeros = jnp.zeros((tile.tokens, shape.width), jnp.float32)
+
+    def run(mode):
+        held = [[x.latents(s, i, mode) for s in starts] for i in heads] if with_dq else None
+
+        def chunk(mine, latents, start, dk, pz):
+            p, ds = _pair(
+                mode,
+                mine,
+                latents,
+                shape=shape,
+                scale2=scale * LOG2E,
+                axis=0,
+                live_m=x.live_m(start),
+            )
+            ds = ds.astype(x.dtype)
+            dk += dot(ds, latents[0], (1, 0), shape.precision)
+            if mode != "decode":
+                pz += dot(p.astype(x.dtype), latents[2], (1, 0), shape.precision)
+            return ds, dk, pz
+
+        def body(t, dqs):
+            live, k, v, dy = x.rows(t)
+            dk, dv, dqs = zeros, zeros, list(dqs)
+            for i in heads:
+                mine = x.tokens(t, i, mode, live, k, v, dy)
+                pz = zeros
+                if with_dq:
+                    for c, start in enumerate(starts):
+                        ds, dk, pz = chunk(mine, held[i][c], start, dk, pz)
+                        dqs[c] += dot(ds, own(k, i, shape), (0, 0), shape.precision)
+                else:
+
+                    def step(c, carry, mine=mine, i=i):
+                        start = c * tile.latents
+                        return chunk(mine, x.latents(start, i, mode), start, *carry)[1:]
+
+                    dk, pz = lax.fori_loop(0, chunks, step, (dk, pz))
+                dv += pz * mine[-1][:, None] if mode == "shared" else pz
+            bound = bounds(t, tile.tokens, shape.n)
+            store_rows(dk_ref, t * tile.tokens, dk * scale, bound)
+            if mode != "decode":
+                store_rows(outputs[0], t * tile.tokens, dv, bound)
+            return tuple(dqs)
+
+        zero = jnp.zeros((tile.latents, shape.width), jnp.float32)
+        dqs = lax.fori_loop(first, last, body, (zero,) * (chunks if with_dq else 0))
+        for start, dq in zip(starts, dqs, strict=False):
+            store_rows(outputs[-1], start, dq, start + jnp.arange(tile.latents) < shape.m)
+        return 0
+
+    x.by_spread(run)
+
+
+def _dq_kernel(*refs, shape, tile, tiles, blocks, scale, mode, masked):
+    """One (latent block, head group, split): partial dq."""
+    x = _Inputs(refs, shape=shape, tile=tile, mode=mode, masked=masked)
+    index = pl.program_id(0)
+    first = lax.div(index, shape.groups * blocks) * tiles
+    last = jnp.minimum(first + tiles, pl.cdiv(shape.n, tile.tokens))
+    start = lax.rem(lax.div(index, shape.groups), blocks) * tile.latents
+
+    def run(mode):
+        held = [x.latents(start, i, mode) for i in range(shape.group)]
+
+        def body(t, dq):
+            live, k, v, dy = x.rows(t)
+            for i, latents in enumerate(held):
+                mine = x.tokens(t, i, mode, live, k, v, dy)
+                _, ds = _pair(
+                    mode,
+                    mine,
+                    latents,
+                    shape=shape,
+                    scale2=scale * LOG2E,
+                    axis=1,
+                    live_m=x.live_m(start),
+                )
+                dq += dot(ds.astype(x.dtype), own(k, i, shape), (1, 0), shape.precision)
+            return dq
+
+        zeros = jnp.zeros((tile.latents, shape.width), jnp.float32)
+        dq = lax.fori_loop(first, last, body, zeros)
+        store_rows(x.outputs[0], start, dq, start + jnp.arange(tile.latents) < shape.m)
+        return 0
+
+    x.by_spread(run)
+
+
+def _dz(q, k, mask, y, lse_n, dy, scale):
+    """Partial dz [B, splits, M, C], d1 [B, H, N] and the largest L' [B, splits, H]."""
+    shape = describe(q, k)
+    tile = tile_for("dz", shape)
+    blocks = pl.cdiv(shape.m, tile.latents)
+    splits, tiles = splits_for(shape, tile, shape.groups * blocks * shape.b)
+    specs = Specs(shape)
+    masks, mask_specs = mask_operand(mask, specs)
+    split_of = lambda i: lax.div(i, shape.groups * blocks)
+    top_spec = pl.BlockSpec(
+        (None, None, shape.group), lambda i, b: (b, split_of(i), specs.group(i))
+    )
+    f32 = lambda *sizes: jax.ShapeDtypeStruct((shape.b, *sizes), jnp.float32)
+    return pallas_call(
+        functools.partial(
+            _dz_kernel,
+            shape=shape,
+            tile=tile,
+            tiles=tiles,
+            blocks=blocks,
+            scale2=scale * LOG2E,
+            masked=mask is not None,
+        ),
+        name="flare_dz",
+        grid=(shape.groups * blocks * splits, shape.b),
+        in_specs=[
+            specs.queries(),
+            *[specs.tokens()] * 3,
+            specs.token_stats(),
+            *mask_specs,
+        ],
+        out_specs=[specs.split(shape.width, split_of), specs.token_stats(), top_spec],
+        out_shape=[
+            f32(splits, shape.m, shape.h * shape.d),
+            f32(shape.h, shape.n),
+            f32(splits, shape.h),
+        ],
+        warps=tile.warps,
+        stages=tile.stages,
+    )(flat(q), flat(k), flat(dy), flat(y), lse_n, *masks)
+
+
+def _merge_dz(shape, dtype, parts, tops, z, lse):
+    """dz, b dz (in `dtype`), d2, b d2, c and max L' - c."""
+    splits, rows = parts.shape[1], min(8, pow2(shape.m))
+    specs = Specs(shape)
+    head = pl.BlockSpec((None, shape.group), lambda i, b: (b, specs.group(i)))
+    tops_spec = pl.BlockSpec((None, splits, shape.group), lambda i, b: (b, 0, specs.group(i)))
+    wide = jax.ShapeDtypeStruct((shape.b, shape.m, shape.h * shape.d), dtype)
+    thin = jax.ShapeDtypeStruct((shape.b, shape.m, shape.h), jnp.float32)
+    scalar = jax.ShapeDtypeStruct((shape.b, shape.h), jnp.float32)
+    latents, stats = specs.latents(), specs.latent_stats()
+    return pallas_call(
+        functools.partial(
+            _merge_dz_kernel, shape=shape, splits=splits, rows=rows, chunk=min(32, pow2(splits))
+        ),
+        name="flare_dz_merge",
+        grid=(shape.groups * pl.cdiv(shape.m, rows), shape.b),
+        in_specs=[specs.splits(shape.width, splits), tops_spec, latents, stats],
+        out_specs=[latents, latents, stats, stats, head, head],
+        out_shape=[wide, wide, thin, thin, scalar, scalar],
+        warps=4,
+        stages=2,
+    )(parts, tops, flat(z), lse)
+
+
+def gradients(mode, scale, mask, arrays):
+    """dq (float32), dk and, unless mode is "decode", dv, from the operands in `input_names`."""
+    q, k = arrays["q"], arrays["k"]
+    shape = describe(q, k)
+    specs = Specs(shape)
+    masks, mask_specs = mask_operand(mask, specs)
+    head = pl.BlockSpec((None, shape.group), lambda i, b: (b, specs.group(i)))
+    kinds = {"q": specs.queries(), "c": head, "spread": head}
+    kinds |= dict.fromkeys(("k", "v", "dy"), specs.tokens())
+    kinds |= dict.fromkeys(("z", "dz", "bdz"), specs.latents())
+    kinds |= dict.fromkeys(("lse_m", "d2", "bd2"), specs.latent_stats())
+    kinds |= dict.fromkeys(("lse_n", "d1"), specs.token_stats())
+    with_dq = fuses_dq(shape)
+    wide = ("q", "k", "v", "dy", "z", "dz")
+    arrays = {name: flat(x) if name in wide else x for name, x in arrays.items()}
+    if not with_dq:  # read again for every tile of tokens
+        dtype = compute_dtype(k.dtype)
+        cast = {name: arrays[name].astype(dtype) for name in ("q", "z", "dz") if name in arrays}
+        arrays = arrays | cast
+    operands = [arrays[name] for name in input_names(mode)] + masks
+    in_specs = [kinds[name] for name in input_names(mode)] + mask_specs
+    common = dict(shape=shape, scale=scale, mode=mode, masked=mask is not None)
+
+    def partial_dq(splits):
+        return jax.ShapeDtypeStruct((shape.b, splits, shape.m, shape.h * shape.d), jnp.float32)
+
+    tile = tile_for("dkv", shape)
+    splits, tiles = splits_for(shape, tile, shape.groups * shape.b)
+    token_shape = jax.ShapeDtypeStruct((shape.b, shape.n, shape.h * shape.d), k.dtype)
+    outputs = 1 if mode == "decode" else 2
+    split_of = lambda i: lax.div(i, shape.groups)
+    out = pallas_call(
+        functools.partial(_dkv_kernel, tile=tile, tiles=tiles, with_dq=with_dq, **common),
+        name="flare_dkv",
+        grid=(shape.groups * splits, shape.b),
+        in_specs=in_specs,
+        out_specs=[specs.tokens()] * outputs + [specs.split(shape.width, split_of)] * with_dq,
+        out_shape=[token_shape] * outputs + [partial_dq(splits)] * with_dq,
+        warps=tile.warps,
+        stages=tile.stages,
+    )(*operands)
+    if not with_dq:
+        tile = tile_for("dq", shape)
+        blocks = pl.cdiv(shape.m, tile.latents)
+        splits, tiles = splits_for(shape, tile, shape.groups * blocks * shape.b)
+        split_of = lambda i: lax.div(i, shape.groups * blocks)
+        dq = pallas_call(
+            functools.partial(_dq_kernel, tile=tile, tiles=tiles, blocks=blocks, **common),
+            name="flare_dq",
+            grid=(shape.groups * blocks * splits, shape.b),
+            in_specs=in_specs,
+            out_specs=specs.split(shape.width, split_of),
+            out_shape=partial_dq(splits),
+            warps=tile.warps,
+            stages=tile.stages,
+        )(*operands)
+        out = [*out, dq]
+    *tokens, dq = out
+    dq = scale * jnp.sum(dq, axis=(0, 1)).reshape(q.shape)
+    return dq, *(x.reshape(k.shape) for x in tokens)
