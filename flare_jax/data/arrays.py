@@ -78,12 +78,12 @@ class _Npz:
 
     @staticmethod
     def shapes(path):
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {key: file[key].shape for key in file.files}
 
     @staticmethod
     def read(path, key, index):
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return file[key][index]
 
 

@@ -73,8 +73,8 @@ def cached(
 def _load(path: Path, text: str) -> Arrays | None:
     """Arrays of a cache file, or None if it is damaged or made from other parameters."""
     try:
-        with np.load(path, allow_pickle=False) as file:  # reading checks each member's CRC
-            arrays = {key: file[key] for key in file.files}
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}  # checks the CRC of each
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
         return None
     return arrays if str(arrays.pop("parameters", "")) == text else None

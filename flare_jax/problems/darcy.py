@@ -106,14 +106,14 @@ def load(config: DarcyConfig, progress: bool = True) -> Problem:
     """
     fields = _generated(config, progress) if config.data is None else _published(config)
     shape = fields["test"][0].shape[1:]
-    x = {name: grid_inputs(a) for name, (a, _) in fields.items()}
-    y = {name: u.reshape(len(u), -1, 1) for name, (_, u) in fields.items()}
+    x = {name: grid_inputs(a) for name, (a, _) in fields.items() if len(a)}
+    y = {name: u.reshape(len(u), -1, 1) for name, (_, u) in fields.items() if len(u)}
     x_normalizer = Normalizer.fit(x["train"], raw=(0, 1))
-    split = {name: Split(x_normalizer.encode(x[name]), y[name]) for name in fields}
+    split = {name: Split(x_normalizer.encode(x[name]), y[name]) for name in x}
     return Problem(
         name="darcy",
         train=split["train"],
-        valid=split["valid"] if config.num_valid else None,
+        valid=split.get("valid"),
         test=split["test"],
         x_normalizer=x_normalizer,
         y_normalizer=Normalizer.fit(y["train"]),
@@ -180,6 +180,8 @@ def _generated(config, progress):
     fields = {}
     for name in ("train", "valid", "test"):
         first, count = FIRST_INDEX[name], getattr(config, f"num_{name}")
+        if count == 0:
+            continue
         parameters = {
             "version": solver.VERSION,
             "seed": config.data_seed,

@@ -18,11 +18,17 @@ class Normalizer(NamedTuple):
 
     def encode(self, x: Float[Array, "*any F"]) -> Float[Array, "*any F"]:
         """Physical values to values of about zero mean and unit variance."""
-        return (x - self.mean) / self.std
+        mean, std = self._aligned(x.ndim)
+        return (x - mean) / std
 
     def decode(self, x: Float[Array, "*any F"]) -> Float[Array, "*any F"]:
         """Inverse of `encode`."""
-        return x * self.std + self.mean
+        mean, std = self._aligned(x.ndim)
+        return x * std + mean
+
+    def _aligned(self, ndim: int) -> "Normalizer":
+        """Mean and std of rank `ndim`, fields last: jax may be told to refuse rank promotion."""
+        return Normalizer(*(s.reshape((1,) * (ndim - 1) + (-1,)) for s in self))
 
     @classmethod
     def fit(
