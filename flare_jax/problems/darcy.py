@@ -26,11 +26,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from flare_jax.data.arrays import DataFileError, array_shape, read_array
 from flare_jax.data.cache import cached
-from flare_jax.problems.metrics import rel_l2
+from flare_jax.problems.metrics import AnyArray, rel_l2
 from flare_jax.problems.problem import Normalizer, Problem, Split
 from flare_jax.solvers import darcy as solver
 
@@ -138,7 +138,7 @@ def inputs_from(path: Path | str) -> tuple[Float[np.ndarray, "n N 3"], tuple[int
     return grid_inputs(a), a.shape[1:]
 
 
-def grid_inputs(a: Float[np.ndarray, "n s t"]) -> Float[np.ndarray, "n N 3"]:
+def grid_inputs(a: Shaped[np.ndarray, "n s t"]) -> Float[np.ndarray, "n N 3"]:
     """Points of the unit square with their coefficient, (x, y, a), x along the first grid axis."""
     axes = (np.linspace(0, 1, size, dtype=np.float32) for size in a.shape[1:])
     x, y = (np.broadcast_to(p, a.shape) for p in np.meshgrid(*axes, indexing="ij"))
@@ -146,9 +146,9 @@ def grid_inputs(a: Float[np.ndarray, "n s t"]) -> Float[np.ndarray, "n N 3"]:
 
 
 def derivative_loss(
-    prediction: Float[Array, "B N O"],
-    target: Float[Array, "B N O"],
-    mask: Bool[Array, "B N"] | None = None,
+    prediction: Float[AnyArray, "B N O"],
+    target: Float[AnyArray, "B N O"],
+    mask: Bool[AnyArray, "B N"] | None = None,
     *,
     shape: tuple[int, int],
     weight: float = 0.1,

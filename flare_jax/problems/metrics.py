@@ -1,13 +1,16 @@
 """Errors of predicted fields: pure functions `(prediction, target, mask) -> [B]`."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
+
+AnyArray = Array | np.ndarray  # NumPy on the host, jax on the device
 
 
 def rel_l2(
-    prediction: Float[Array, "B N O"],
-    target: Float[Array, "B N O"],
-    mask: Bool[Array, "B N"] | None = None,
+    prediction: Float[AnyArray, "B N O"],
+    target: Float[AnyArray, "B N O"],
+    mask: Bool[AnyArray, "B N"] | None = None,
 ) -> Float[Array, "B"]:
     """Relative L2 error of each sample, over its real points and all its fields.
 
@@ -34,7 +37,7 @@ def rel_l2(
     return _norm(prediction - target) / jnp.where(scale > 0, scale, 1)
 
 
-def _norm(x: Float[Array, "B N O"]) -> Float[Array, "B"]:
+def _norm(x: Float[AnyArray, "B N O"]) -> Float[Array, "B"]:
     """L2 norm of each sample; its gradient at zero is zero rather than NaN."""
     square = jnp.sum(x * x, axis=(1, 2))
     zero = square == 0

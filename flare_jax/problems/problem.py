@@ -5,23 +5,23 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
-from flare_jax.problems.metrics import rel_l2
+from flare_jax.problems.metrics import AnyArray, rel_l2
 
 
 class Normalizer(NamedTuple):
     """Per-field shift and scale, `encoded = (physical - mean) / std`. A pytree of two arrays."""
 
-    mean: Float[Array, "F"]
-    std: Float[Array, "F"]
+    mean: Float[AnyArray, "F"]
+    std: Float[AnyArray, "F"]
 
-    def encode(self, x: Float[Array, "*any F"]) -> Float[Array, "*any F"]:
+    def encode(self, x: Float[AnyArray, "*any F"]) -> Float[AnyArray, "*any F"]:
         """Physical values to values of about zero mean and unit variance."""
         mean, std = self._aligned(x.ndim)
         return (x - mean) / std
 
-    def decode(self, x: Float[Array, "*any F"]) -> Float[Array, "*any F"]:
+    def decode(self, x: Float[AnyArray, "*any F"]) -> Float[AnyArray, "*any F"]:
         """Inverse of `encode`."""
         mean, std = self._aligned(x.ndim)
         return x * std + mean
@@ -57,9 +57,9 @@ class Normalizer(NamedTuple):
 class Split(NamedTuple):
     """Samples of one split, as NumPy arrays on the host."""
 
-    x: Float[Array, "n N in"]  # model inputs, already encoded
-    y: Float[Array, "n N O"]  # targets in physical units
-    mask: Bool[Array, "n N"] | None = None  # True = a real point; None when every point is real
+    x: Float[AnyArray, "n N in"]  # model inputs, already encoded
+    y: Float[AnyArray, "n N O"]  # targets in physical units
+    mask: Bool[AnyArray, "n N"] | None = None  # True = a real point; None when every point is real
 
 
 @dataclasses.dataclass(frozen=True)

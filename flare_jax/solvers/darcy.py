@@ -94,8 +94,8 @@ def coefficient(key: Array, size: int) -> Float[Array, "s s"]:
 
 
 def solve(
-    a: Float[Array, "s s"],
-    f: Float[Array, "s s"] | float = 1.0,
+    a: Float[Array | np.ndarray, "s s"],
+    f: Float[Array | np.ndarray, "s s"] | Float[Array, ""] | float = 1.0,
     *,
     tolerance: float = TOLERANCE,
     max_iterations: int = 200,
@@ -112,7 +112,7 @@ def solve(
     a = jnp.asarray(a, jnp.float64)
     f = jnp.broadcast_to(jnp.asarray(f, jnp.float64), (size, size))[1:-1, 1:-1]
     u, residual, iterations = _conjugate_gradients(
-        functools.partial(_minus_div_a_grad, *_faces(a)),
+        functools.partial(_minus_div_a_grad, a=_faces(a)),
         functools.partial(_inverse_laplacian, *_sine_basis(size - 2)),
         f / (size - 1) ** 2,
         tolerance=tolerance,
@@ -206,17 +206,22 @@ def _require_float64() -> None:
         raise RuntimeError("the Darcy solver needs float64: use `with jax.enable_x64(True):`")
 
 
-def _faces(a: Float[Array, "s s"]) -> tuple[Float[Array, "s-1 s-2"], Float[Array, "s-2 s-1"]]:
-    """Coefficient on the faces between interior nodes, across x and across y: arithmetic mean."""
-    return (a[1:, 1:-1] + a[:-1, 1:-1]) / 2, (a[1:-1, 1:] + a[1:-1, :-1]) / 2
+class _Faces(NamedTuple):
+    """Coefficient on the faces between interior nodes and their neighbours, n = s - 2."""
+
+    x: Float[Array, "n+1 n"]  # faces crossed when moving along the first axis
+    y: Float[Array, "n n+1"]
 
 
-def _minus_div_a_grad(
-    a_x: Float[Array, "s-1 s-2"], a_y: Float[Array, "s-2 s-1"], u: Float[Array, "s-2 s-2"]
-) -> Float[Array, "s-2 s-2"]:
+def _faces(a: Float[Array, "s s"]) -> _Faces:
+    """Arithmetic mean of the two nodes of each face."""
+    return _Faces((a[1:, 1:-1] + a[:-1, 1:-1]) / 2, (a[1:-1, 1:] + a[1:-1, :-1]) / 2)
+
+
+def _minus_div_a_grad(u: Float[Array, "n n"], a: _Faces) -> Float[Array, "n n"]:
     """The five-point operator times h^2 on interior nodes; u is zero on the boundary."""
-    flux_x = a_x * jnp.diff(jnp.pad(u, ((1, 1), (0, 0))), axis=0)
-    flux_y = a_y * jnp.diff(jnp.pad(u, ((0, 0), (1, 1))), axis=1)
+    flux_x = a.x * jnp.diff(jnp.pad(u, ((1, 1), (0, 0))), axis=0)
+    flux_y = a.y * jnp.diff(jnp.pad(u, ((0, 0), (1, 1))), axis=1)
     return -jnp.diff(flux_x, axis=0) - jnp.diff(flux_y, axis=1)
 
 
