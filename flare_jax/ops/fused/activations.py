@@ -41,6 +41,27 @@ def _asm(lines: list[str], *args: jax.Array) -> jax.Array:
     return out
 
 
+def _asm_pairs(lines: list[str], dtype, *args: jax.Array) -> jax.Array:
+    """As _asm, for two neighbours at a time: a 16-bit pair is one register, a float32 pair two.
+
+    Elsewhere the compiler unpacks 16-bit pairs and converts them one by one, on the unit that
+    computes exponentials.
+    """
+    constraints = ["r" if a.dtype.itemsize == 2 else "f,f" for a in args]
+    (out,) = plgpu.elementwise_inline_asm(
+        "{ .reg .f32 s, p, r, t, a, b; .reg .b32 u, v; " + " ".join(lines) + " }",
+        args=args,
+        constraints=",".join(["=r", *constraints]),
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, dtype)],
+    )
+    return out
+
+
+def _pair_type(dtype) -> str:
+    return "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+
+
 @dataclasses.dataclass(frozen=True)
 class Activation:
     """`exact`: ex2 and reciprocal (float32 accuracy); else the tanh instruction (2^-11)."""
@@ -95,26 +116,40 @@ class Activation:
             return x + h * s
         return _asm(["fma.rn.ftz.f32 $0, $1, $2, $3;"], h, s, x)
 
-    def gate(self, s: jax.Array, h: jax.Array) -> jax.Array:
-        """act'(h), given s = sigmoid(h)."""
+    def gate(self, s: jax.Array, h: jax.Array, dtype) -> jax.Array:
+        """act'(h) in `dtype`, given s = sigmoid(h)."""
         if self.interpret:
             r1 = _A + 3 * _B * h * h if self.name == "gelu" else 1.0
-            return s * (1 + (1 - s) * h * r1)
+            return (s * (1 + (1 - s) * h * r1)).astype(dtype)
+        if dtype == jnp.float32:
+            return _asm(self._gate_lines("$0", "$1", "$2"), s, h)
+        lines = [*self._gate_lines("a", "$1", "$3"), *self._gate_lines("b", "$2", "$4")]
+        return _asm_pairs([*lines, f"cvt.rn.{_pair_type(dtype)}.f32 $0, b, a;"], dtype, s, h)
+
+    def _gate_lines(self, out: str, s: str, h: str) -> list[str]:
         if self.name == "gelu":
             slope = [
-                "mul.ftz.f32 p, $2, $2;",
+                f"mul.ftz.f32 p, {h}, {h};",
                 f"fma.rn.ftz.f32 p, p, {_f32(3 * _B)}, {_f32(_A)};",
-                "mul.ftz.f32 p, p, $2;",
+                f"mul.ftz.f32 p, p, {h};",
             ]
         else:
-            slope = ["mov.f32 p, $2;"]
-        return _asm(
-            [
-                *slope,  # p = h r'(h)
-                "neg.f32 t, $1;",
-                "fma.rn.ftz.f32 t, t, p, p;",  # (1 - s) p
-                "fma.rn.ftz.f32 $0, $1, t, $1;",
-            ],
-            s,
-            h,
-        )
+            slope = [f"mov.f32 p, {h};"]
+        return [
+            *slope,  # p = h r'(h)
+            f"neg.f32 t, {s};",
+            "fma.rn.ftz.f32 t, t, p, p;",  # (1 - s) p
+            f"fma.rn.ftz.f32 {out}, {s}, t, {s};",
+        ]
+
+    def times_gate(self, g: jax.Array, gate: jax.Array) -> jax.Array:
+        """g gate in the gate's dtype; 16-bit: a packed product of the rounded factors."""
+        if self.interpret or gate.dtype == jnp.float32:
+            return g.astype(gate.dtype) * gate
+        pair = _pair_type(gate.dtype)
+        lines = [
+            f"cvt.rn.{pair}.f32 u, $2, $1;",
+            "mov.b32 v, 0x80008000;",  # -0: Ampere multiplies bfloat16 pairs only by fma
+            f"fma.rn.{pair} $0, u, $3, v;",
+        ]
+        return _asm_pairs(lines, gate.dtype, g, gate)

@@ -20,7 +20,6 @@ precision in force is "highest" or "float32", which means IEEE float32 ("ieee").
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Sequence
 
 import jax
@@ -30,8 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from flare_jax.ops.fused.activations import ACTIVATIONS, Activation
-
-warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated.*")
+from flare_jax.ops.fused.math import f32_precision, interpreted, split_bf16
 
 WIDTHS = (32, 64, 128)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -47,42 +45,56 @@ Layers = Sequence[tuple[jax.Array, jax.Array]]  # (kernel [C, C] as [in, out], b
 class Tile:
     """How one kernel walks the tokens: `programs` programs, `tile` tokens at a time."""
 
-    tile: int = 64
-    warps: int = 4
-    programs: int = 264
+    tile: int
+    warps: int
+    programs: int
     stages: int = 2
+    resident: bool = True  # weights stay in shared memory, else they come from L2 with every tile
+    bias: bool = True  # biases stay in registers, else they come from L1 with every tile
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     forward: Tile
-    backward: Tile
-    segments: tuple[int, ...]  # layers a backward kernel, from the last; the final entry repeats
+    backward: tuple[
+        tuple[int, Tile], ...
+    ]  # (layers, Tile) a segment, from the last; the end repeats
 
+
+def _streamed(tile: int, warps: int, programs: int) -> Tile:
+    return Tile(tile, warps, programs, stages=1, resident=False, bias=False)
+
+
+_FEW = 132  # programs, one an SM of an H100
 
 # (C, precision, few tokens) -> Plan. "native" is bfloat16 and float16. Few tokens: one tile a
 # program, whose weight gradients are written once and never held, so one segment does.
 PLANS = {
-    (32, "native", False): Plan(Tile(128, 4, 528), Tile(64, 4, 528), (5,)),
-    (64, "native", False): Plan(Tile(64, 4, 528), Tile(128, 8, 132), (3, 2)),
-    (128, "native", False): Plan(Tile(128, 8, 132), Tile(64, 8, 132), (2, 2, 1)),
-    (32, "bf16x3", False): Plan(Tile(64, 4, 528), Tile(64, 4, 264), (3, 2)),
-    (64, "bf16x3", False): Plan(Tile(64, 4, 264), Tile(64, 8, 132), (2, 2, 1)),
-    (128, "bf16x3", False): Plan(Tile(64, 8, 132), Tile(64, 8, 132), (1,)),
-    (32, "ieee", False): Plan(Tile(32, 4, 264), Tile(32, 4, 264), (1,)),
-    (64, "ieee", False): Plan(Tile(32, 4, 264), Tile(32, 4, 264), (1,)),
-    (128, "ieee", False): Plan(Tile(32, 8, 132), Tile(32, 8, 132), (1,)),
-    (32, "native", True): Plan(Tile(16, 2, 132), Tile(16, 2, 132), (5,)),
-    (64, "native", True): Plan(Tile(16, 4, 132), Tile(16, 4, 132), (5,)),
-    (128, "native", True): Plan(Tile(16, 4, 132), Tile(16, 4, 132), (5,)),
-    (32, "bf16x3", True): Plan(Tile(16, 2, 132), Tile(16, 2, 132), (5,)),
-    (64, "bf16x3", True): Plan(Tile(16, 4, 132), Tile(16, 4, 132), (5,)),
-    (128, "bf16x3", True): Plan(Tile(16, 8, 132), Tile(16, 8, 132), (5,)),
-    (32, "ieee", True): Plan(Tile(16, 4, 132), Tile(16, 4, 132), (2,)),
-    (64, "ieee", True): Plan(Tile(16, 4, 132), Tile(16, 4, 132), (2,)),
-    (128, "ieee", True): Plan(Tile(16, 8, 132), Tile(16, 8, 132), (1,)),
+    (32, "native", False): Plan(Tile(64, 4, 528, bias=False), ((5, Tile(64, 4, 264)),)),
+    (64, "native", False): Plan(
+        Tile(64, 4, 396, bias=False), ((3, Tile(128, 8, 132)), (2, Tile(128, 8, 132)))
+    ),
+    (128, "native", False): Plan(
+        Tile(128, 8, 132, bias=False),
+        ((1, _streamed(128, 8, 132)), (1, Tile(128, 8, 132, stages=1, bias=False))),
+    ),
+    (32, "bf16x3", False): Plan(Tile(64, 4, 528, bias=False), ((3, Tile(64, 4, 264)),)),
+    (64, "bf16x3", False): Plan(Tile(64, 4, 264, bias=False), ((1, Tile(64, 4, 132)),)),
+    (128, "bf16x3", False): Plan(_streamed(64, 4, 264), ((1, _streamed(64, 4, 132)),)),
+    (32, "ieee", False): Plan(_streamed(32, 4, 264), ((1, _streamed(32, 4, 264)),)),
+    (64, "ieee", False): Plan(_streamed(32, 4, 264), ((1, _streamed(32, 4, 264)),)),
+    (128, "ieee", False): Plan(_streamed(32, 8, 132), ((1, _streamed(32, 8, 132)),)),
+    (32, "native", True): Plan(_streamed(16, 1, _FEW), ((5, _streamed(16, 1, _FEW)),)),
+    (64, "native", True): Plan(_streamed(16, 4, _FEW), ((5, _streamed(16, 4, _FEW)),)),
+    (128, "native", True): Plan(_streamed(16, 4, _FEW), ((5, _streamed(16, 4, _FEW)),)),
+    (32, "bf16x3", True): Plan(_streamed(16, 1, _FEW), ((5, _streamed(16, 1, _FEW)),)),
+    (64, "bf16x3", True): Plan(_streamed(16, 4, _FEW), ((5, _streamed(16, 4, _FEW)),)),
+    (128, "bf16x3", True): Plan(_streamed(16, 4, _FEW), ((5, _streamed(16, 4, _FEW)),)),
+    (32, "ieee", True): Plan(_streamed(16, 4, _FEW), ((5, _streamed(16, 4, _FEW)),)),
+    (64, "ieee", True): Plan(_streamed(16, 4, _FEW), ((5, _streamed(16, 4, _FEW)),)),
+    (128, "ieee", True): Plan(_streamed(16, 8, _FEW), ((5, _streamed(16, 8, _FEW)),)),
 }
-FEW_TOKENS = 16 * 132 * 2
+FEW_TOKENS = 16 * _FEW
 
 
 def plan_for(tokens: int, width: int, precision: str) -> Plan:
@@ -93,8 +105,7 @@ def dot_precision(dtype) -> str:
     """The kind of dot for inputs of `dtype`: native, bf16x3 or ieee."""
     if dtype != jnp.float32:
         return "native"
-    exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
-    return "ieee" if exact else "bf16x3"
+    return "ieee" if f32_precision() == "exact" else "bf16x3"
 
 
 # ----------------------------------------------------------------- arithmetic ---
@@ -111,16 +122,9 @@ class Dots:
         """The operand as the tensor core takes it: itself, or its high and low halves."""
         if self.precision != "bf16x3":
             return (x.astype(self.dtype),)
-        x = x.astype(jnp.float32)
-        # truncated, not rounded: a mask where a conversion would run on the slow unit
-        bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
-        high = lax.bitcast_convert_type(bits, jnp.float32)
-        return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+        return split_bf16(x.astype(jnp.float32))
 
-    def join(self, parts: tuple[jax.Array, ...]) -> jax.Array:
-        return functools.reduce(jnp.add, [p.astype(jnp.float32) for p in parts])
-
-    def dot(self, a, b, ca: int, cb: int, start: jax.Array) -> jax.Array:
+    def dot(self, a, b, ca: int, cb: int, start: jax.Array | None) -> jax.Array:
         """start + a b, contracting a's axis ca with b's axis cb."""
         ieee = self.precision == "ieee"
         product = functools.partial(
@@ -131,7 +135,8 @@ class Dots:
         )
         pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if i + j < 2]
         for i, j in sorted(pairs, key=lambda ij: -sum(ij)):  # small terms first
-            start = start + product(a[i], b[j])
+            term = product(a[i], b[j])
+            start = term if start is None else start + term
         return start
 
     def column_sums(self, x, start: jax.Array) -> jax.Array:
@@ -204,9 +209,32 @@ def _store(ref, rows, mask, value):
     plgpu.store(ref.at[rows, :], value.astype(ref.dtype), mask=mask)
 
 
-def _held(dots: Dots, layers):
-    """Weights and biases of the kernel's layers, read once, kept on the chip."""
-    return [(dots.parts(w[...]), b[...].astype(jnp.float32)) for w, b in layers]
+class _Layer:
+    """x W + b. Resident: W stays in shared memory; else every tile reads it again (from L2)."""
+
+    def __init__(self, dots: Dots, refs, tile: Tile):
+        self.dots, (self.weight_refs, self.bias_ref) = dots, refs
+        self.weight = self._read() if tile.resident else None
+        self.bias = self._read_bias() if tile.bias else None
+
+    def _read(self):
+        if len(self.weight_refs) == 1:
+            return self.dots.parts(self.weight_refs[0][...])
+        return tuple(ref[...] for ref in self.weight_refs)
+
+    def _read_bias(self):
+        return self.bias_ref[...].astype(jnp.float32)
+
+    def __call__(self, x: tuple, start: jax.Array | None = None) -> jax.Array:
+        """start + x W + b, for x from `parts`."""
+        bias = self._read_bias() if self.bias is None else self.bias
+        bias = _rows(bias, x[0].shape[0])
+        start = bias if start is None else start + bias
+        return self.dots.dot(x, self._read() if self.weight is None else self.weight, 1, 0, start)
+
+    def transposed(self, g: tuple, start: jax.Array) -> jax.Array:
+        """start + g W^T, for g from `parts`."""
+        return self.dots.dot(g, self._read() if self.weight is None else self.weight, 1, 1, start)
 
 
 def _normalise(x, epsilon: float):
@@ -217,24 +245,23 @@ def _normalise(x, epsilon: float):
     return x * _columns(rstd, width), rstd
 
 
-def _forward_kernel(x_ref, norm_refs, sets, out_refs, *, spec: Spec, tokens: _Tokens):
+def _forward_kernel(x_ref, norm_refs, sets, out_refs, *, spec: Spec, tile: Tile, tokens: _Tokens):
     """`sets`: the layers of each MLP on the same x; out_refs: one output each."""
     dtype = x_ref.dtype
     dots, act = Dots(dtype, spec.precision), spec.activation(dtype)
-    sets = [_held(dots, layers) for layers in sets]
+    sets = [[_Layer(dots, refs, tile) for refs in layers] for layers in sets]
     norm = [r[...].astype(jnp.float32) for r in norm_refs]
-    tile = tokens.tile
+    rows_of = functools.partial(_rows, tile=tokens.tile)
 
     def body(rows, mask, carry):
         for layers, out_ref in zip(sets, out_refs, strict=True):
             raw = _load(x_ref, rows, mask).astype(jnp.float32)
             x = raw
             if norm:
-                x = _normalise(raw, spec.epsilon)[0] * _rows(norm[0], tile) + _rows(norm[1], tile)
-            for w, b in layers[:-1]:
-                x = act.residual(dots.dot(dots.parts(x), w, 1, 0, _rows(b, tile)), x)
-            w, b = layers[-1]
-            x = dots.dot(dots.parts(x), w, 1, 0, x + _rows(b, tile))
+                x = _normalise(raw, spec.epsilon)[0] * rows_of(norm[0]) + rows_of(norm[1])
+            for layer in layers[:-1]:
+                x = act.residual(layer(dots.parts(x)), x)
+            x = layers[-1](dots.parts(x), x)
             if spec.skip:
                 x = x + raw
             _store(out_ref, rows, mask, x)
@@ -245,49 +272,52 @@ def _forward_kernel(x_ref, norm_refs, sets, out_refs, *, spec: Spec, tokens: _To
 
 def _backward_kernel(
     x_ref, g_ref, skip_ref, add_ref, norm_refs, layers, dx_ref, dw_ref, dnorm_ref,
-    *, spec: Spec, first: int, tokens: _Tokens,
+    *, spec: Spec, first: int, tile: Tile, tokens: _Tokens,
 ):  # fmt: skip
     """Layers first .. len(layers) - 1, of which the last may be the MLP's last.
 
     g_ref: the gradient at the last layer's output. dx_ref: at the first one's input. dw_ref
-    [layers, C + ONES, C]: partial dW above rows that all hold partial db. Only where first
+    [layers, C + ONES, C]: partial dW^T above rows that all hold partial db. Only where first
     is 0: skip_ref, the gradient of the MLP's output, if the skip needs it; add_ref, a
     gradient of x to add; dnorm_ref [2, ONES, C], partial gradients of scale and bias.
     """
     dtype = x_ref.dtype
     dots, act = Dots(dtype, spec.precision), spec.activation(dtype)
-    layers = _held(dots, layers)
+    layers = [_Layer(dots, refs, tile) for refs in layers]
     norm = [r[...].astype(jnp.float32) for r in norm_refs]
-    tile, width, last = tokens.tile, tokens.width, spec.layers - 1
+    width, last = tokens.width, spec.layers - 1
+    rows_of = functools.partial(_rows, tile=tokens.tile)
     own = range(first, len(layers))
 
     def body(rows, mask, carry):
         sums, norm_sums = carry
         x = _load(x_ref, rows, mask).astype(jnp.float32)
         if norm:
-            x = _normalise(x, spec.epsilon)[0] * _rows(norm[0], tile) + _rows(norm[1], tile)
+            x = _normalise(x, spec.epsilon)[0] * rows_of(norm[0]) + rows_of(norm[1])
         inputs, gates = {}, {}
-        for i, (w, b) in enumerate(layers):
+        for i, layer in enumerate(layers):
             parts = dots.parts(x)
             if i < first:
-                x = act.residual(dots.dot(parts, w, 1, 0, _rows(b, tile)), x)
+                x = act.residual(layer(parts), x)
                 continue
             inputs[i] = parts
             if i == last:
                 break
-            h = dots.dot(parts, w, 1, 0, _rows(b, tile))
+            h = layer(parts)
             s = act.sigmoid(h)
-            gates[i] = act.gate(s, h).astype(dtype)
+            gates[i] = act.gate(s, h, dtype)
             if i + 1 < len(layers):
                 x = act.residual_from(s, h, x)
 
         g = _load(g_ref, rows, mask).astype(jnp.float32)
         new = []
         for i in reversed(own):
-            dh = dots.parts(g * gates[i].astype(jnp.float32) if i in gates else g)
+            dh = dots.parts(act.times_gate(g, gates[i]) if i in gates else g)
             dw, db = sums[i - first]
-            new.append((dots.dot(inputs[i], dh, 0, 0, dw), dots.column_sums(dh, db)))
-            g = dots.dot(dh, layers[i][0], 1, 1, g)
+            # dW^T, not dW: the transposed operand takes its whole history along into another
+            # register layout, and that of dh is short
+            new.append((dots.dot(dh, inputs[i], 0, 0, dw), dots.column_sums(dh, db)))
+            g = layers[i].transposed(dh, g)
         sums = tuple(reversed(new))
 
         if first == 0:
@@ -298,7 +328,7 @@ def _backward_kernel(
                     dots.column_sums(dots.parts(g * x), norm_sums[0]),
                     dots.column_sums(dots.parts(g), norm_sums[1]),
                 )
-                g = g * _rows(norm[0], tile)
+                g = g * rows_of(norm[0])
                 inner = _columns(jnp.sum(g * x, axis=1) / width, width)
                 g = g - _columns(jnp.sum(g, axis=1) / width, width) - x * inner
                 g = g * _columns(rstd, width)
@@ -333,6 +363,14 @@ def _call(kernel, tile: Tile, tokens: _Tokens, spec: Spec, name: str, out_shape,
     )
 
 
+def _operands(spec: Spec, tile: Tile, dtype, layers: Layers):
+    """The kernel's weights: as they are if read once, else in the form the dots take."""
+    if tile.resident:
+        return tuple(((w,), b) for w, b in layers)
+    dots = Dots(dtype, spec.precision)
+    return tuple((dots.parts(w), b) for w, b in layers)
+
+
 def _whole(shape):
     return pl.BlockSpec(shape, lambda p: (0,) * len(shape))
 
@@ -341,29 +379,29 @@ def _forward(spec: Spec, x, norm, sets):
     """One output [N, C] for each MLP of `sets` on the same x [N, C]."""
     tile = spec.plan.forward
     tokens = _Tokens(*x.shape, tile)
-    kernel = functools.partial(_forward_kernel, spec=spec, tokens=tokens)
+    kernel = functools.partial(_forward_kernel, spec=spec, tile=tile, tokens=tokens)
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype)] * len(sets)
     call = _call(kernel, tile, tokens, spec, "flare_mlp", (out,), ([_whole(x.shape)] * len(sets),))
-    return call(x, norm, sets)[0]
+    return call(x, norm, tuple(_operands(spec, tile, x.dtype, layers) for layers in sets))[0]
 
 
-def segments(layers: int, lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """[(first, end), ...] of the backward kernels, last segment first."""
-    cuts, end, i = [], layers, 0
+def segments(layers: int, backward) -> list[tuple[int, int, Tile]]:
+    """[(first, end, Tile), ...] of the backward kernels, last segment first."""
+    cuts, end = [], layers
     while end:
-        first = max(0, end - lengths[min(i, len(lengths) - 1)])
-        cuts.append((first, end))
-        end, i = first, i + 1
+        length, tile = backward[min(len(cuts), len(backward) - 1)]
+        first = max(0, end - length)
+        cuts.append((first, end, tile))
+        end = first
     return cuts
 
 
-def _segment(spec: Spec, first: int, end: int, x, g, skip, add, norm, layers):
+def _segment(spec: Spec, tile: Tile, first: int, end: int, x, g, skip, add, norm, layers):
     """(dx, [(dW, db), ...], (dscale, dbias)) of layers first .. end - 1."""
-    tile = spec.plan.backward
     tokens = _Tokens(*x.shape, tile)
     width, count, programs = x.shape[1], end - first, tokens.programs
     with_norm = spec.normed and first == 0
-    kernel = functools.partial(_backward_kernel, spec=spec, first=first, tokens=tokens)
+    kernel = functools.partial(_backward_kernel, spec=spec, first=first, tile=tile, tokens=tokens)
 
     def partial_sums(*shape):
         block = pl.BlockSpec((None, *shape), lambda p: (p,) + (0,) * len(shape))
@@ -376,23 +414,27 @@ def _segment(spec: Spec, first: int, end: int, x, g, skip, add, norm, layers):
         (jax.ShapeDtypeStruct(x.shape, x.dtype), dw, dnorm),
         (_whole(x.shape), dw_block, dnorm_block),
     )  # fmt: skip
-    dx, dw, dnorm = call(x, g, skip, add, norm, layers[:end])
+    operands = _operands(spec, tile, x.dtype, layers[:end])
+    dx, dw, dnorm = call(x, g, skip, add, norm, operands)
     dw = jnp.sum(dw[:, :, : width + 1], axis=0)
-    grads = [(dw[i, :width], dw[i, width]) for i in range(count)]
+    grads = [(dw[i, :width].T, dw[i, width]) for i in range(count)]
     return dx, grads, tuple(jnp.sum(dnorm[:, :, 0], axis=0)) if with_norm else ()
 
 
 def _backward(spec: Spec, x, norm, layers, dout, add=None):
     """(dx + add, dnorm, dlayers) of one MLP."""
     g, dlayers = dout, []
-    for first, end in segments(spec.layers, spec.plan.segments):
+    for first, end, tile in segments(spec.layers, spec.plan.backward):
         bottom = first == 0
         g, grads, dnorm = _segment(
-            spec, first, end, x, g, dout if spec.skip and bottom else None,
+            spec, tile, first, end, x, g, dout if spec.skip and bottom else None,
             add if bottom else None, norm, layers,
         )  # fmt: skip
         dlayers = grads + dlayers
-    cast = lambda grad, like: grad.astype(like.dtype)
+
+    def cast(grad, like):
+        return grad.astype(like.dtype)
+
     return g, jax.tree.map(cast, dnorm, norm), jax.tree.map(cast, tuple(dlayers), layers)
 
 
@@ -421,7 +463,9 @@ _mlps.defvjp(_mlps_fwd, _mlps_bwd)
 # --------------------------------------------------------------------- public ---
 
 
-def supports(x: jax.Array, layers: Layers, act: str = "gelu", *, interpret: bool = False) -> None:
+def supports(
+    x: jax.Array, layers: Layers, act: str = "gelu", *, interpret: bool | None = None
+) -> None:
     """Raises NotImplementedError, with the reason, where the kernels do not apply."""
     width = x.shape[-1]
     if act not in ACTIVATIONS:
@@ -437,7 +481,7 @@ def supports(x: jax.Array, layers: Layers, act: str = "gelu", *, interpret: bool
         raise NotImplementedError(f"dtype {x.dtype.name}: the kernels have {DTYPES}")
     if x.size == 0:
         raise NotImplementedError("no tokens")
-    if not interpret:
+    if not (interpreted() if interpret is None else interpret):
         _needs_gpu()
 
 
@@ -466,7 +510,7 @@ def _run(x, sets, act, norm, skip, epsilon, plan, precision, interpret):
         skip=skip,
         normed=norm is not None,
         epsilon=epsilon,
-        interpret=interpret,
+        interpret=interpreted() if interpret is None else interpret,
         plan=plan or plan_for(flat.shape[0], flat.shape[1], precision),
     )
     sets = tuple(tuple((w, b) for w, b in layers) for layers in sets)
@@ -484,7 +528,7 @@ def residual_mlp(
     epsilon: float = 1e-5,
     plan: Plan | None = None,
     precision: str | None = None,
-    interpret: bool = False,
+    interpret: bool | None = None,
 ) -> jax.Array:
     """The residual MLP of x [..., C]; output and gradient of x in x.dtype.
 
@@ -505,7 +549,7 @@ def residual_mlp_pair(
     epsilon: float = 1e-5,
     plan: Plan | None = None,
     precision: str | None = None,
-    interpret: bool = False,
+    interpret: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(k, v): two MLPs of equal depth on the same x, and one gradient of x."""
     sets = (layers_k, layers_v)
