@@ -1,0 +1,212 @@
+"""The residual MLP kernels against autodiff of the plain equations (interpret mode on a CPU)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flare_jax.ops.fused import mlp
+
+# tiny tiles, few programs: several tiles a program, two and one layers a segment
+TILE = mlp.Tile(16, 4, 2)
+PLAN = mlp.Plan(TILE, ((3, TILE), (1, dataclasses.replace(TILE, resident=False, bias=False))))
+C = 32
+
+
+@jax.numpy_rank_promotion("allow")
+def reference(x, layers, act="gelu", norm=None, skip=False):
+    raw = x = x.astype(jnp.float32)
+    if norm is not None:
+        mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        x = (x - mean) / jnp.sqrt(var + 1e-5) * norm[0] + norm[1]
+    f = functools.partial(jax.nn.gelu, approximate=True) if act == "gelu" else jax.nn.silu
+    for w, b in layers[:-1]:
+        x = x + f(x @ w + b)
+    w, b = layers[-1]
+    return x + x @ w + b + (raw if skip else 0)
+
+
+def inputs(shape=(2, 21), width=C, depth=5, dtype=jnp.float32, seed=0):
+    """x, layers, norm, and a cotangent."""
+    keys = iter(jax.random.split(jax.random.key(seed), 2 * depth + 4))
+    normal = lambda *s: jax.random.normal(next(keys), s)  # noqa: E731
+    x, dy = normal(*shape, width).astype(dtype), normal(*shape, width).astype(dtype)
+    layers = tuple(
+        (normal(width, width) / width**0.5, 0.3 * normal(width)) for _ in range(depth)
+    )
+    return x, layers, (1 + 0.2 * normal(width), 0.2 * normal(width)), dy
+
+
+def value_and_grads(f, dy, *args):
+    out, vjp = jax.vjp(f, *args)
+    return {"out": out, "grads": vjp(dy)}
+
+
+def assert_close(got, want, tolerance):
+    """Each leaf by name, in relative norm; nan fails."""
+    got, want = (jax.tree_util.tree_leaves_with_path(t) for t in (got, want))
+    assert len(got) == len(want)
+    for (path, a), (_, b) in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        error = np.linalg.norm(a - b) / np.linalg.norm(b)
+        assert error < tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
+
+
+def check(x, layers, norm, dy, tolerance, *, act="gelu", skip=False, plan=PLAN, precision=None):
+    f = functools.partial(
+        mlp.residual_mlp, act=act, skip=skip, plan=plan, precision=precision, interpret=True
+    )
+    norms = () if norm is None else (norm,)
+    run = lambda f: jax.jit(  # noqa: E731
+        lambda dy, *a: value_and_grads(lambda x, w, *n: f(x, w, norm=n[0] if n else None), dy, *a)
+    )
+    got = run(f)(dy, x, layers, *norms)
+    assert got["out"].dtype == got["grads"][0].dtype == x.dtype
+    assert got["grads"][1][0][0].dtype == layers[0][0].dtype
+    want = run(functools.partial(reference, act=act, skip=skip))(
+        dy.astype(jnp.float32), x.astype(jnp.float32), layers, *norms
+    )
+    assert_close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("act", ["gelu", "silu"])
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_value_and_gradients(act, with_norm):
+    x, layers, norm, dy = inputs()
+    check(x, layers, norm if with_norm else None, dy, 1e-5, act=act, skip=with_norm)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tolerance"),
+    [(jnp.bfloat16, None, 2e-2), (jnp.float16, None, 3e-3), (jnp.float32, "bf16x3", 1e-4)],
+)
+def test_precisions(dtype, precision, tolerance):
+    x, layers, norm, dy = inputs(dtype=dtype)
+    check(x, layers, norm, dy, tolerance, skip=True, precision=precision)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 48])
+def test_token_counts(tokens):
+    x, layers, _, dy = inputs((tokens,))
+    check(x, layers, None, dy, 1e-5)
+
+
+def test_one_and_two_layers():
+    for depth in (1, 2):
+        x, layers, norm, dy = inputs(depth=depth)
+        check(x, layers, norm, dy, 1e-5)
+
+
+def test_table_covers_every_case():
+    for width in mlp.WIDTHS:
+        for precision in ("native", "bf16x3", "ieee"):
+            for tokens in (100, 10**6):
+                plan = mlp.plan_for(tokens, width, precision)
+                cuts = [s[:2] for s in mlp.segments(5, plan.backward)]
+                assert cuts[0][1] == 5
+                assert cuts[-1][0] == 0
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_pair_equals_two(with_norm):
+    x, layers_k, norm, dy = inputs()
+    _, layers_v, _, dy2 = inputs(seed=1)
+    norm = norm if with_norm else None
+
+    def pair(x, layers_k, layers_v, norm):
+        return mlp.residual_mlp_pair(x, layers_k, layers_v, norm=norm, plan=PLAN, interpret=True)
+
+    def singles(x, layers_k, layers_v, norm):
+        return reference(x, layers_k, norm=norm), reference(x, layers_v, norm=norm)
+
+    args = (x, layers_k, layers_v, norm)
+    got, want = (jax.jit(functools.partial(value_and_grads, f))((dy, dy2), *args)
+                 for f in (pair, singles))  # fmt: skip
+    assert_close(got, want, 1e-5)
+
+
+def test_vmap_over_seeds_equals_loop():
+    both = [inputs(seed=s) for s in (0, 1)]
+    x, layers, norm, dy = jax.tree.map(lambda *a: jnp.stack(a), *both)
+    f = functools.partial(mlp.residual_mlp, plan=PLAN, interpret=True)
+
+    def run(x, layers, norm, dy):
+        return value_and_grads(lambda x, w, n: f(x, w, norm=n), dy, x, layers, norm)
+
+    got = jax.jit(jax.vmap(run))(x, layers, norm, dy)
+    want = jax.tree.map(lambda *a: jnp.stack(a), *[jax.jit(run)(*b) for b in both])
+    assert_close(got, want, 1e-6)
+
+
+def test_under_remat_and_scan():
+    x, layers, _, _ = inputs((17,), depth=2)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), layers)
+
+    def loss(f, x, stacked):
+        step = jax.checkpoint(lambda x, w: (f(x, w), None))
+        return jnp.sum(jax.lax.scan(step, x, stacked)[0] ** 2)
+
+    f = functools.partial(mlp.residual_mlp, plan=PLAN, interpret=True)
+    got, want = (jax.jit(jax.grad(functools.partial(loss, g), (0, 1)))(x, stacked)
+                 for g in (f, reference))  # fmt: skip
+    assert_close(got, want, 1e-5)
+
+
+def test_only_x_is_kept_for_the_backward():
+    x, layers, _, _ = inputs((64,))
+    f = functools.partial(mlp.residual_mlp, plan=PLAN, interpret=True)
+    saved = jax.eval_shape(lambda x, w: jax.vjp(f, x, w)[1], x, layers)
+    tokens = [a for a in jax.tree.leaves(saved) if a.shape[:1] == (64,)]
+    assert sum(a.size for a in tokens) == x.size
+
+
+def test_unsupported_says_why():
+    x, layers, _, _ = inputs()
+    mlp.supports(x, layers, interpret=True)
+    with pytest.raises(NotImplementedError, match="activation"):
+        mlp.supports(x, layers, "relu", interpret=True)
+    with pytest.raises(NotImplementedError, match="widths"):
+        mlp.supports(x, ((jnp.zeros((C, 2 * C)), jnp.zeros(2 * C)),), interpret=True)
+    with pytest.raises(NotImplementedError, match="width 48"):
+        mlp.supports(jnp.zeros((3, 48)), layers, interpret=True)
+    if jax.default_backend() != "gpu":
+        with pytest.raises(NotImplementedError, match="platform"):
+            mlp.supports(x, layers, interpret=False)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "tokens"),
+    [(64, jnp.bfloat16, 1000), (64, jnp.float32, 10**6), (128, jnp.bfloat16, 10**6)],
+)
+def test_lowers_for_cuda_without_a_gpu(width, dtype, tokens):
+    x = jax.ShapeDtypeStruct((tokens, width), dtype)
+    f32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+    layers = ((f32(width, width), f32(width)),) * 5
+    norm = (f32(width), f32(width))
+
+    def f(x, layers, norm):
+        out, vjp = jax.vjp(
+            lambda *a: mlp.residual_mlp(*a[:2], norm=a[2], skip=True, interpret=False),
+            x, layers, norm,
+        )  # fmt: skip
+        return vjp(out)
+
+    with h100():
+        text = jax.jit(f).trace(x, layers, norm).lower(lowering_platforms=("cuda",)).as_text()
+    segments = len(mlp.segments(5, mlp.plan_for(tokens, width, "native").backward))
+    assert text.count("triton") >= 1 + min(segments, 1)
+
+
+def h100():
+    """The device that lowering asks for its architecture, where jax wants one (0.11 and newer)."""
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+    try:
+        device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    except TypeError:
+        device = AbstractDevice("NVIDIA H100 80GB HBM3", 132)
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device))
