@@ -178,11 +178,11 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames=("grid", "stride"))
 def _sample_batch(seed, indices, *, grid, stride):
-    """Samples `indices` of data set `seed`, every stride-th node of them."""
+    """Samples `indices` of data set `seed`, every stride-th node of them, rounded to float32."""
 
     def one(index):
         a, solution = sample(jax.random.fold_in(jax.random.key(seed), index), grid)
-        a, u = (x[::stride, ::stride] for x in (a, solution.u))
+        a, u = (x[::stride, ::stride].astype(jnp.float32) for x in (a, solution.u))
         return a, solution._replace(u=u)
 
     return jax.vmap(one)(indices)
