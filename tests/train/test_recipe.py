@@ -43,7 +43,7 @@ def run(golden):
         return jax.lax.scan(batch, init_state(params, tx), jnp.asarray(rows))
 
     states, metrics = train(jnp.arange(5))
-    return g, part, config, [jax.tree.map(lambda x: x[i], states) for i in range(5)], metrics
+    return g, part, config, [jax.tree.map(lambda x, i=i: x[i], states) for i in range(5)], metrics
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "b1", "grad_norm", "loss"])

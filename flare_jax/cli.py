@@ -1,0 +1,283 @@
+"""The command line: flare-jax {train, evaluate, predict, generate, info}."""
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from flare_jax import __version__
+from flare_jax.data.arrays import DataFileError
+from flare_jax.ops.flare import DEFAULT, IMPLEMENTATIONS
+from flare_jax.plots import prediction_figure
+from flare_jax.predict import Surrogate, Which, load_run
+from flare_jax.problems.metrics import rel_l2
+from flare_jax.train.checkpoint import CheckpointError
+from flare_jax.train.config import PROBLEMS, config_class, from_dict, preset
+from flare_jax.train.loop import Interrupted, NonFiniteError, fit
+
+console = Console()
+Run = Annotated[Path, tyro.conf.Positional]  # folder of a training run
+ERRORS = (ValueError, OSError, DataFileError, CheckpointError, NonFiniteError, Interrupted)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    commands = {
+        "train": train,
+        "evaluate": evaluate,
+        "predict": predict,
+        "generate": generate,
+        "info": info,
+    }
+    parser = argparse.ArgumentParser(
+        "flare-jax",
+        description="Train and use FLARE surrogates of PDE solvers.",
+        epilog="flare-jax COMMAND --help explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "command",
+        choices=commands,
+        help="; ".join(
+            f"{name}: {f.__doc__.splitlines()[0].rstrip('.').lower()}"
+            for name, f in commands.items()
+        ),
+        metavar="COMMAND",
+    )
+    command = parser.parse_args(argv[:1]).command
+    try:
+        commands[command](argv[1:])
+    except ERRORS as error:
+        print(f"flare-jax {command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(argv: list[str]) -> None:
+    """Train a surrogate; makes or reads its data, writes a run folder with a figure."""
+    problem, options, rest = problem_arguments("train", argv, training=True)
+    folder = options.out or run_folder(problem, options.preset, options.resume)
+    default = preset(problem, options.preset)
+    if options.resume:
+        values = json.loads(read_text(folder / "config.json"))
+        values.pop("name")
+        default = from_dict(config_class(problem), values)
+    config = parse(config_class(problem), default, f"flare-jax train {problem}", rest)
+    device = jax.devices()[0]
+    console.print(f"{problem} on {jax.device_count()} x {device.device_kind}, into {folder}")
+    module, _ = PROBLEMS[problem]
+    data = module.load(config.problem)
+    result = fit(data, config, folder, resume=options.resume)
+    surrogate = load_run(folder)
+    figure = folder / "figure.png"
+    draw_test_samples(figure, surrogate, data)
+    report(result, folder, figure)
+
+
+def evaluate(argv: list[str]) -> None:
+    """Test error of a run's parameters."""
+
+    def run_and_choice(run: Run, which: Which = "best") -> tuple[Path, str]:
+        """Prints the test error.
+
+        Args:
+            run: folder of a training run.
+            which: parameters best on validation, the last ones, or their running average.
+        """
+        return run, which
+
+    folder, which = tyro.cli(run_and_choice, prog="flare-jax evaluate", args=argv)
+    surrogate = load_run(folder, which)
+    data = PROBLEMS[surrogate.problem][0].load(surrogate.config.problem)
+    errors = test_errors(surrogate, data)
+    console.print(
+        f"test rel-L2 ({which}): {errors.mean():.5f}, median {np.median(errors):.5f}, "
+        f"worst {errors.max():.5f} of {len(errors)} samples; "
+        f"predicting the training mean: {data.mean_error:.5f}"
+    )
+
+
+def predict(argv: list[str]) -> None:
+    """Fields for new inputs, from a file to a file and a picture."""
+
+    def arguments(
+        run: Run,
+        file: Annotated[Path, tyro.conf.Positional],
+        out: Path = Path("prediction.npz"),
+        which: Which = "best",
+    ) -> tuple[Path, Path, Path, str]:
+        """Writes predictions in physical units.
+
+        Args:
+            run: folder of a training run.
+            file: new inputs: for darcy a .npz with `coefficient` or a .mat with `coeff`, [n, s, s].
+            out: the .npz to write; a .png of the first samples goes beside it.
+            which: parameters best on validation, the last ones, or their running average.
+        """
+        return run, file, out, which
+
+    folder, file, out, which = tyro.cli(arguments, prog="flare-jax predict", args=argv)
+    surrogate = load_run(folder, which)
+    problem, _ = PROBLEMS[surrogate.problem]
+    inputs, targets = problem.INPUTS, problem.TARGETS
+    x, shape = problem.inputs_from(file)
+    fields = surrogate(x)
+    arrays = {n: fields[..., i].reshape(len(x), *shape) for i, n in enumerate(targets)}
+    np.savez_compressed(out, **arrays)
+    picture = out.with_suffix(".png")
+    prediction_figure(picture, x[:3], fields[:3], inputs=inputs, targets=targets, shape=shape)
+    console.print(f"{len(x)} predictions of {', '.join(targets)} in {out}, picture in {picture}")
+
+
+def generate(argv: list[str]) -> None:
+    """Make a problem's data and keep it in the cache."""
+    problem, options, rest = problem_arguments("generate", argv)
+    module, cls = PROBLEMS[problem]
+    config = parse(
+        cls, preset(problem, options.preset).problem, f"flare-jax generate {problem}", rest
+    )
+    data = module.load(config)
+    sizes = {n: getattr(data, n) for n in ("train", "valid", "test")}
+    text = ", ".join(f"{len(s.x)} {name}" for name, s in sizes.items() if s is not None)
+    console.print(f"{problem}: {text} samples of {data.train.x.shape[1]} points")
+
+
+def info(argv: list[str]) -> None:
+    """Devices, versions, and which implementation of the operator runs here and why."""
+    tyro.cli(lambda: None, prog="flare-jax info", description=info.__doc__, args=argv)
+    table = Table("", "", show_header=False)
+    for name in ("flare-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
+        with contextlib.suppress(PackageNotFoundError):
+            table.add_row(name, version(name))
+    for device in jax.devices():
+        table.add_row(f"device {device.id}", f"{device.device_kind} ({device.platform})")
+    console.print(table)
+    table = Table("operator, H = 8, D = 8, M = 64", "float32", "bfloat16")
+    for name in DEFAULT:
+        table.add_row(name, *(availability(name, dtype) for dtype in ("float32", "bfloat16")))
+    console.print(table)
+    console.print("The first that runs is taken, unless implementation= names one.")
+
+
+def availability(name: str, dtype: str) -> str:
+    """ "runs", or the reason why not, for one implementation."""
+    shapes = (64, 8, 8), (1, 1024, 8, 8), (1, 1024, 8, 8)
+    try:
+        IMPLEMENTATIONS[name].supports(*(jax.ShapeDtypeStruct(s, dtype) for s in shapes), None)
+        return "runs"
+    except NotImplementedError as reason:
+        return str(reason)
+
+
+def problem_arguments(command: str, argv: list[str], training: bool = False):
+    """The problem's name, --preset (and --out, --resume), and the remaining arguments."""
+    names = list(PROBLEMS)
+    parser = argparse.ArgumentParser(
+        f"flare-jax {command}",
+        add_help=False,
+        allow_abbrev=False,
+        usage=f"flare-jax {command} "
+        f"{{{','.join(names)}}} [--preset NAME] [options]; --help after the problem lists them",
+    )
+    parser.add_argument("problem", choices=names)
+    problem = parser.parse_args(argv[:1] if argv[:1] != ["--help"] else []).problem
+    presets = list(PROBLEMS[problem][0].PRESETS)
+    parser.add_argument("--preset", choices=presets, default=presets[0])
+    if training:
+        parser.add_argument("--out", type=Path, help="folder of the run")
+        parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    options, rest = parser.parse_known_args(argv)
+    if {"-h", "--help"} & set(rest):
+        print(
+            f"--preset {{{','.join(presets)}}}  starting values of all options below "
+            f"(default: {presets[0]}; shown: {options.preset})"
+        )
+        if training:
+            print(
+                "--out FOLDER  of the run (default: a new one under runs/)\n"
+                "--resume  go on from the last checkpoint of --out or of the newest run\n"
+            )
+    return problem, options, rest
+
+
+def parse(cls: type, default, prog: str, argv: list[str]):
+    """The config `cls` from flags without prefixes, starting from `default`."""
+    return tyro.cli(tyro.conf.OmitArgPrefixes[cls], default=default, prog=prog, args=argv)
+
+
+def run_folder(problem: str, name: str, resume: bool) -> Path:
+    """A new folder under runs/, or the newest one of this problem and preset to resume."""
+    base = Path("runs")
+    taken = lambda i: base / (f"{problem}-{name}" if i == 1 else f"{problem}-{name}-{i}")
+    number = 1
+    while taken(number).exists():
+        number += 1
+    if resume and number == 1:
+        raise ValueError(f"there is no run {taken(1)} to resume: name one with --out")
+    return taken(number - 1 if resume else number)
+
+
+def read_text(path: Path) -> str:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} holds no run: there is no {path.name}")
+    return path.read_text()
+
+
+def test_errors(surrogate: Surrogate, data) -> np.ndarray:
+    """rel-L2 of every test sample."""
+    prediction = surrogate(surrogate.x_normalizer.decode(data.test.x), data.test.mask)
+    return np.asarray(rel_l2(prediction, data.test.y, data.test.mask))
+
+
+def draw_test_samples(path: Path, surrogate: Surrogate, data) -> None:
+    """The test samples with the smallest, the median and the largest error."""
+    errors = test_errors(surrogate, data)
+    order = np.argsort(errors)
+    rows = order[[0, len(order) // 2, -1]]
+    x = np.asarray(surrogate.x_normalizer.decode(data.test.x[rows]))
+    prediction_figure(
+        path,
+        x,
+        surrogate(x),
+        data.test.y[rows],
+        inputs=data.inputs,
+        targets=data.targets,
+        shape=data.shape,
+        titles=[
+            f"{n}: {errors[i]:.2%}" for n, i in zip(("best", "median", "worst"), rows, strict=True)
+        ],
+    )
+
+
+def report(result: dict, folder: Path, figure: Path) -> None:
+    """The summary at the end of a run."""
+    table = Table(title=f"{result['problem']}: test rel-L2", show_header=False)
+    for name, error in result["rel_l2"].items():
+        label = {"best": "best on validation", "last": "last", "ema": "running average"}[name]
+        spread = f" +- {error['std']:.5f}" if len(error["seeds"]) > 1 else ""
+        table.add_row(label, f"{error['mean']:.5f}{spread}")
+    table.add_row("predicting the training mean", f"{result['mean_predictor_rel_l2']:.5f}")
+    table.add_row("parameters", f"{result['parameters']:,}")
+    if result["milliseconds_per_step"] is not None:
+        table.add_row("time per step", f"{result['milliseconds_per_step']:.2f} ms")
+    table.add_row("training time", f"{result['seconds']:.0f} s")
+    if result["peak_bytes"]:
+        table.add_row("peak memory", f"{result['peak_bytes'] / 1e9:.2f} GB")
+    console.print(table)
+    console.print(f"run: {folder}\nfigure: {figure}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

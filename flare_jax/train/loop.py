@@ -1,0 +1,286 @@
+"""The training loop: seeds side by side, chunks of steps on the device, checkpoints, one summary.
+
+Every array of a run has a leading axis of seeds, trained together by `vmap`. The samples live on
+the device; one call runs a `lax.scan` over a chunk of an epoch's steps. The order of an epoch is
+a permutation drawn from (seed, epoch) alone, so a resumed run sees what an undisturbed one sees.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flare_jax.models.flare import FLAREModel
+from flare_jax.models.functional import Params, functional, num_parameters
+from flare_jax.problems.metrics import rel_l2
+from flare_jax.problems.problem import Normalizer, Problem, Split
+from flare_jax.train.checkpoint import Checkpoints
+from flare_jax.train.config import Config, to_dict
+from flare_jax.train.log import MetricsFile, progress_bar
+from flare_jax.train.optimizer import make_optimizer
+from flare_jax.train.step import TrainState, init_state, make_train_step, surrogate_loss
+
+MATMUL = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
+EVAL_TOKENS = 2**17  # points in one batch of an evaluation
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient stopped being a number."""
+
+
+class Interrupted(RuntimeError):
+    """SIGINT or SIGTERM arrived; the state was saved."""
+
+
+class Best(NamedTuple):
+    """The parameters with the smallest validation error so far, per seed."""
+
+    params: Params
+    error: jax.Array  # [seeds] validation rel-L2; infinite before the first validation
+    step: jax.Array  # [seeds]
+    averaged: jax.Array  # [seeds] True: these are averaged parameters
+
+
+class Run(NamedTuple):
+    """Everything that a checkpoint holds."""
+
+    state: TrainState
+    best: Best
+    keys: jax.Array  # [seeds, 2] key data of the sample order
+    x_normalizer: Normalizer
+    y_normalizer: Normalizer
+
+
+def build(config: Config, in_dim: int, out_dim: int, seed: int = 0) -> tuple[Callable, Params]:
+    """`(apply, params)` of the configured model, computing in the configured precision."""
+    dtype = jnp.bfloat16 if config.train.precision == "bfloat16" else jnp.float32
+    rngs = nnx.Rngs(seed)
+    return functional(FLAREModel(config.model, in_dim, out_dim, dtype=dtype, rngs=rngs))
+
+
+def start(problem: Problem, config: Config, tx) -> tuple[Callable, Run]:
+    """The model's `apply` and the run before its first step."""
+    widths = len(problem.inputs), len(problem.targets)
+    seeds = range(config.train.seed, config.train.seed + config.train.seeds)
+    models = [build(config, *widths, seed) for seed in seeds]
+    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    params, count = stack([params for _, params in models]), len(models)
+    state = jax.vmap(functools.partial(init_state, tx=tx))(params)
+    best = Best(
+        params=jax.tree.map(jnp.copy, params),
+        error=jnp.full(count, jnp.inf),
+        step=jnp.zeros(count, jnp.int32),
+        averaged=jnp.zeros(count, bool),
+    )
+    keys = stack([jax.random.key_data(jax.random.key(seed)) for seed in seeds])
+    as_arrays = lambda normalizer: jax.tree.map(jnp.asarray, normalizer)
+    return models[0][0], Run(
+        state, best, keys, as_arrays(problem.x_normalizer), as_arrays(problem.y_normalizer)
+    )
+
+
+def make_chunk(train_step: Callable, num_samples: int, batch_size: int, length: int) -> Callable:
+    """Jits `(state, key data, samples) -> (state, metrics [seeds, length])`.
+
+    Takes the next `length` steps of an epoch, `length` dividing its steps. An epoch uses each
+    sample once; those left over by the batch size are other ones every time.
+    """
+    per_epoch = num_samples // batch_size
+
+    def chunk(state: TrainState, key, samples: Split):
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), state.step // per_epoch)
+        order = jax.random.permutation(key, num_samples)[: per_epoch * batch_size]
+        rows = jax.lax.dynamic_slice_in_dim(
+            order.reshape(per_epoch, batch_size), state.step % per_epoch, length
+        )
+        take = lambda rows: jax.tree.map(lambda a: a[rows], samples)
+        return jax.lax.scan(lambda state, rows: train_step(state, take(rows)), state, rows)
+
+    return jax.jit(jax.vmap(chunk, in_axes=(0, 0, None)), donate_argnums=0)
+
+
+def make_errors(apply: Callable, y_normalizer: Normalizer, samples: Split) -> Callable:
+    """Jits `(params of all seeds, samples) -> rel-L2 [seeds, n]` of each sample, in batches."""
+    count, points = samples.y.shape[:2]
+    size = max(1, min(count, EVAL_TOKENS // points))
+
+    batches = -(-count // size)
+
+    def errors(params, samples):
+        rows = jnp.arange(batches * size).reshape(batches, size) % count
+        samples = jax.tree.map(lambda a: a[rows], samples)
+        predict = lambda s: y_normalizer.decode(apply(params, s.x, s.mask))
+        return jax.lax.map(lambda s: rel_l2(predict(s), s.y, s.mask), samples).ravel()[:count]
+
+    return jax.jit(jax.vmap(errors, in_axes=(0, None)))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def better(best: Best, state: TrainState, raw: jax.Array, averaged: jax.Array) -> Best:
+    """The best so far, given the validation errors [seeds] of raw and averaged parameters."""
+    for params, error, flag in ((state.params, raw, False), (state.ema, averaged, True)):
+        wins = error < best.error
+        choose = lambda a, b, wins=wins: jnp.where(
+            wins.reshape(-1, *[1] * (a.ndim - 1)), a.astype(b.dtype), b
+        )
+        new = Best(params, error, state.step, jnp.full_like(best.averaged, flag))
+        best = jax.tree.map(choose, new, best)
+    return best
+
+
+def fit(problem: Problem, config: Config, folder: Path, *, resume: bool = False) -> dict:
+    """Trains, and returns and writes the summary `result.json`.
+
+    Args:
+        problem: samples, normalisers and loss.
+        config: everything that decides the numbers.
+        folder: gets config.json, metrics.jsonl, checkpoints/ and result.json.
+        resume: continue from the newest checkpoint, to the numbers of a run that never stopped.
+
+    Raises:
+        NonFiniteError: names step, learning rate, seed and the last good checkpoint.
+        CheckpointError: the folder cannot be written, or holds another configuration.
+        Interrupted: after a signal, once the state is saved.
+        ValueError: the batch is larger than the training split, or the folder holds a run.
+    """
+    t, samples = config.train, len(problem.train.x)
+    if t.batch_size > samples:
+        raise ValueError(f"batch_size must be at most the {samples} samples, got {t.batch_size}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    if checkpoints.latest is not None and not resume:
+        raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
+    with checkpoints, jax.default_matmul_precision(MATMUL[t.precision]):
+        return _fit(problem, config, folder, checkpoints, resume)
+
+
+def _fit(problem, config, folder, checkpoints, resume) -> dict:
+    t, plain = config.train, {"name": problem.name, **to_dict(config)}
+    plain["problem"].pop("cache", None)  # where generated samples are kept decides nothing
+    per_epoch = len(problem.train.x) // t.batch_size
+    steps = t.epochs * per_epoch
+    tx = make_optimizer(config.optimizer, steps)
+    apply, run = start(problem, config, tx)
+    if resume:
+        run = checkpoints.restore(run, plain)
+    (folder / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
+
+    loss = surrogate_loss(apply, problem.loss, run.y_normalizer)
+    train_step = make_train_step(loss, tx, config.optimizer.ema_decay)
+    length = max(d for d in range(1, min(per_epoch, t.chunk_steps) + 1) if per_epoch % d == 0)
+    chunk = make_chunk(train_step, len(problem.train.x), t.batch_size, length)
+    samples = jax.device_put(problem.train)
+    valid = None if problem.valid is None else jax.device_put(problem.valid)
+    errors = None if valid is None else make_errors(apply, run.y_normalizer, valid)
+
+    done, times, began = int(run.state.step[0]), [], time.perf_counter()
+    metrics, progress = MetricsFile(folder / "metrics.jsonl", done), progress_bar()
+    status = {}
+    with contextlib.closing(metrics), progress, signals() as stop:
+        bar = progress.add_task("", total=t.epochs, completed=done // per_epoch, status="")
+        while done < steps:
+            tick = time.perf_counter()
+            state, values = chunk(run.state, run.keys, samples)
+            run = run._replace(state=state)
+            values = jax.device_get(values)  # [seeds, length]
+            times.append((time.perf_counter() - tick) / length)
+            check_finite(values, done, config, checkpoints)
+            done += length
+            line = {name: float(np.mean(x)) for name, x in values.items()}
+            metrics.write(step=done, epoch=done / per_epoch, seconds=times[-1] * length, **line)
+            status["loss"] = line["loss"]
+            if done % (per_epoch * t.eval_every) == 0 or done == steps or stop:
+                if valid is not None:
+                    raw = errors(run.state.params, valid).mean(1)
+                    averaged = errors(run.state.ema, valid).mean(1)
+                    run = run._replace(best=better(run.best, run.state, raw, averaged))
+                    metrics.write(step=done, valid=raw.tolist(), valid_ema=averaged.tolist())
+                    status["valid rel-L2"] = float(run.best.error.mean())
+                checkpoints.save(done, run, plain)
+            text = "  ".join(f"{name} {value:.4g}" for name, value in status.items())
+            progress.update(bar, completed=done / per_epoch, status=text)
+            if stop:
+                raise Interrupted(f"stopped by a signal at step {done}; saved, resume to go on")
+    seconds = time.perf_counter() - began
+    return summarise(problem, config, folder, apply, run, seconds, times)
+
+
+def check_finite(values: dict, done: int, config: Config, checkpoints: Checkpoints) -> None:
+    """Raises NonFiniteError for the first step whose loss or gradient norm is not finite."""
+    bad = ~(np.isfinite(values["loss"]) & np.isfinite(values["grad_norm"]))
+    if not bad.any():
+        return
+    step = int(np.argmax(bad.any(0)))
+    seed = int(np.argmax(bad[:, step]))
+    last = checkpoints.latest
+    raise NonFiniteError(
+        f"step {done + step}, seed {config.train.seed + seed}: loss {values['loss'][seed, step]}, "
+        f"gradient norm {values['grad_norm'][seed, step]}, "
+        f"learning rate {values['learning_rate'][seed, step]:.3g}; last good checkpoint: "
+        + ("none" if last is None else f"step {last} in {checkpoints.folder}")
+    )
+
+
+@contextlib.contextmanager
+def signals():
+    """Yields a list that is empty until SIGINT or SIGTERM arrives (main thread only)."""
+    caught = []
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = {
+            kind: signal.signal(kind, lambda number, _: caught.append(number)) for kind in kinds
+        }
+    except ValueError:  # not the main thread: leave signals alone
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def summarise(problem, config, folder, apply, run, seconds, times) -> dict:
+    """Test errors of the chosen, last and averaged parameters, and what the run cost."""
+    test = jax.device_put(problem.test)
+    errors = make_errors(apply, run.y_normalizer, test)
+    candidates = {"last": run.state.params, "ema": run.state.ema}
+    if problem.valid is not None:
+        candidates["best"] = run.best.params
+    per_seed = {name: errors(p, test).mean(1).tolist() for name, p in candidates.items()}
+    chosen = "best" if "best" in per_seed else "last"
+    spread = lambda x: {"mean": float(np.mean(x)), "std": float(np.std(x)), "seeds": x}
+    memory = jax.local_devices()[0].memory_stats() or {}
+    result = {
+        "problem": problem.name,
+        "test_rel_l2": float(np.mean(per_seed[chosen])),
+        "chosen": chosen,
+        "rel_l2": {name: spread(x) for name, x in per_seed.items()},
+        "valid_rel_l2": None if problem.valid is None else run.best.error.tolist(),
+        "mean_predictor_rel_l2": problem.mean_error,
+        "parameters": num_parameters(run.state.params) // config.train.seeds,
+        "steps": int(run.state.step[0]),
+        "milliseconds_per_step": 1e3 * float(np.median(times[1:] or times)) if times else None,
+        "seconds": seconds,
+        "peak_bytes": memory.get("peak_bytes_in_use"),
+        "device": jax.devices()[0].device_kind,
+        "precision": config.train.precision,
+        "jax": jax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "config": to_dict(config),
+    }
+    if not math.isfinite(result["test_rel_l2"]):
+        raise NonFiniteError(f"the test error is {result['test_rel_l2']}")
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
