@@ -62,6 +62,26 @@ def _pair_type(dtype) -> str:
     return "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
 
 
+def hide(x: jax.Array) -> jax.Array:
+    """x, such that the compiler does not see where it comes from (GPU only).
+
+    A sum of two products stays an addition, where a sum of a product and anything else becomes
+    the product's accumulator.
+    """
+    if x.dtype.itemsize == 4:
+        return _asm(["mov.b32 $0, $1;"], x)
+    return _asm_pairs(["mov.b32 $0, $1;"], x.dtype, x)
+
+
+def once(x: jax.Array) -> jax.Array:
+    """x, computed once where it is used as it is and transposed (GPU only).
+
+    A transpose moves up through elementwise code to the products that it starts from, and all
+    of that is computed twice. It stops at a loop; a loop of one step is then removed.
+    """
+    return jax.lax.fori_loop(0, 1, lambda _, value: hide(value), x)
+
+
 @dataclasses.dataclass(frozen=True)
 class Activation:
     """`exact`: ex2 and reciprocal (float32 accuracy); else the tanh instruction (2^-11)."""

@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from flare_jax.ops.fused.activations import ACTIVATIONS, Activation
+from flare_jax.ops.fused.activations import ACTIVATIONS, Activation, hide, once
 from flare_jax.ops.fused.math import f32_precision, interpreted, split_bf16
 
 WIDTHS = (32, 64, 128)
@@ -76,10 +76,14 @@ PLANS = {
     ),
     (128, "native", False): Plan(
         Tile(128, 8, 132, bias=False),
-        ((1, _streamed(128, 8, 132)), (1, Tile(128, 8, 132, stages=1, bias=False))),
+        (
+            (2, _streamed(128, 8, 132)),
+            (2, _streamed(128, 8, 132)),
+            (1, Tile(128, 8, 132, bias=False)),
+        ),
     ),
     (32, "bf16x3", False): Plan(Tile(64, 4, 528, bias=False), ((3, Tile(64, 4, 264)),)),
-    (64, "bf16x3", False): Plan(Tile(64, 4, 264, bias=False), ((1, Tile(64, 4, 132)),)),
+    (64, "bf16x3", False): Plan(Tile(64, 4, 264, bias=False), ((2, Tile(64, 4, 264)),)),
     (128, "bf16x3", False): Plan(_streamed(64, 4, 264), ((1, _streamed(64, 4, 132)),)),
     (32, "ieee", False): Plan(_streamed(32, 4, 264), ((1, _streamed(32, 4, 264)),)),
     (64, "ieee", False): Plan(_streamed(32, 4, 264), ((1, _streamed(32, 4, 264)),)),
@@ -117,6 +121,7 @@ class Dots:
 
     dtype: jnp.dtype
     precision: str
+    interpret: bool
 
     def parts(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """The operand as the tensor core takes it: itself, or its high and low halves."""
@@ -124,7 +129,7 @@ class Dots:
             return (x.astype(self.dtype),)
         return split_bf16(x.astype(jnp.float32))
 
-    def dot(self, a, b, ca: int, cb: int, start: jax.Array | None) -> jax.Array:
+    def dot(self, a, b, ca: int, cb: int, start: jax.Array) -> jax.Array:
         """start + a b, contracting a's axis ca with b's axis cb."""
         ieee = self.precision == "ieee"
         product = functools.partial(
@@ -134,10 +139,13 @@ class Dots:
             precision=lax.Precision.HIGHEST if ieee else None,
         )
         pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if i + j < 2]
-        for i, j in sorted(pairs, key=lambda ij: -sum(ij)):  # small terms first
-            term = product(a[i], b[j])
-            start = term if start is None else start + term
+        for n, (i, j) in enumerate(sorted(pairs, key=lambda ij: -sum(ij))):  # small terms first
+            start = (start if self.interpret or not n else hide(start)) + product(a[i], b[j])
         return start
+
+    def transposed(self, x: tuple) -> tuple:
+        """x, about to be a product's transposed operand."""
+        return x if self.interpret else tuple(map(once, x))
 
     def column_sums(self, x, start: jax.Array) -> jax.Array:
         """start [ONES, C] + the sum of x's rows in each row: no shuffles, unlike a reduction."""
@@ -170,6 +178,9 @@ class Spec:
     epsilon: float
     interpret: bool
     plan: Plan
+
+    def dots(self, dtype) -> Dots:
+        return Dots(dtype, self.precision, self.interpret)
 
     def activation(self, dtype) -> Activation:
         # the tanh instruction's 2^-11 is below bfloat16's rounding, not below float16's
@@ -248,7 +259,7 @@ def _normalise(x, epsilon: float):
 def _forward_kernel(x_ref, norm_refs, sets, out_refs, *, spec: Spec, tile: Tile, tokens: _Tokens):
     """`sets`: the layers of each MLP on the same x; out_refs: one output each."""
     dtype = x_ref.dtype
-    dots, act = Dots(dtype, spec.precision), spec.activation(dtype)
+    dots, act = spec.dots(dtype), spec.activation(dtype)
     sets = [[_Layer(dots, refs, tile) for refs in layers] for layers in sets]
     norm = [r[...].astype(jnp.float32) for r in norm_refs]
     rows_of = functools.partial(_rows, tile=tokens.tile)
@@ -282,7 +293,7 @@ def _backward_kernel(
     gradient of x to add; dnorm_ref [2, ONES, C], partial gradients of scale and bias.
     """
     dtype = x_ref.dtype
-    dots, act = Dots(dtype, spec.precision), spec.activation(dtype)
+    dots, act = spec.dots(dtype), spec.activation(dtype)
     layers = [_Layer(dots, refs, tile) for refs in layers]
     norm = [r[...].astype(jnp.float32) for r in norm_refs]
     width, last = tokens.width, spec.layers - 1
@@ -314,9 +325,9 @@ def _backward_kernel(
         for i in reversed(own):
             dh = dots.parts(act.times_gate(g, gates[i]) if i in gates else g)
             dw, db = sums[i - first]
-            # dW^T, not dW: the transposed operand takes its whole history along into another
-            # register layout, and that of dh is short
-            new.append((dots.dot(dh, inputs[i], 0, 0, dw), dots.column_sums(dh, db)))
+            # dW^T, not dW: what feeds the transposed operand may be computed twice, and dh is short
+            dw = dots.dot(dots.transposed(dh), inputs[i], 0, 0, dw)
+            new.append((dw, dots.column_sums(dh, db)))
             g = layers[i].transposed(dh, g)
         sums = tuple(reversed(new))
 
@@ -363,11 +374,11 @@ def _call(kernel, tile: Tile, tokens: _Tokens, spec: Spec, name: str, out_shape,
     )
 
 
-def _operands(spec: Spec, tile: Tile, dtype, layers: Layers):
-    """The kernel's weights: as they are if read once, else in the form the dots take."""
-    if tile.resident:
+def _operands(spec: Spec, tile: Tile, tokens: _Tokens, dtype, layers: Layers):
+    """The kernel's weights: as they are if it reads them once, else in the form the dots take."""
+    if tile.resident or tokens.tiles == tokens.programs:
         return tuple(((w,), b) for w, b in layers)
-    dots = Dots(dtype, spec.precision)
+    dots = spec.dots(dtype)
     return tuple((dots.parts(w), b) for w, b in layers)
 
 
@@ -382,7 +393,9 @@ def _forward(spec: Spec, x, norm, sets):
     kernel = functools.partial(_forward_kernel, spec=spec, tile=tile, tokens=tokens)
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype)] * len(sets)
     call = _call(kernel, tile, tokens, spec, "flare_mlp", (out,), ([_whole(x.shape)] * len(sets),))
-    return call(x, norm, tuple(_operands(spec, tile, x.dtype, layers) for layers in sets))[0]
+    return call(x, norm, tuple(_operands(spec, tile, tokens, x.dtype, layers) for layers in sets))[
+        0
+    ]
 
 
 def segments(layers: int, backward) -> list[tuple[int, int, Tile]]:
@@ -414,7 +427,7 @@ def _segment(spec: Spec, tile: Tile, first: int, end: int, x, g, skip, add, norm
         (jax.ShapeDtypeStruct(x.shape, x.dtype), dw, dnorm),
         (_whole(x.shape), dw_block, dnorm_block),
     )  # fmt: skip
-    operands = _operands(spec, tile, x.dtype, layers[:end])
+    operands = _operands(spec, tile, tokens, x.dtype, layers[:end])
     dx, dw, dnorm = call(x, g, skip, add, norm, operands)
     dw = jnp.sum(dw[:, :, : width + 1], axis=0)
     grads = [(dw[i, :width].T, dw[i, width]) for i in range(count)]
