@@ -11,6 +11,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 inside a tolerance
 
 TESTS = pathlib.Path(__file__).parent
+# Tests compile the same programs over and over: compile time is most of their time.
+jax.config.update("jax_compilation_cache_dir", str(TESTS.parent / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def pytest_collection_modifyitems(items):
