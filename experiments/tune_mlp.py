@@ -1,0 +1,336 @@
+"""Checks and times the residual MLP kernels over a handful of block sizes, on one NVIDIA GPU.
+
+    OUT=/tmp/out python -m experiments.tune_mlp            under two minutes on an H100
+    python -m experiments.tune_mlp --budget 60             stop timing after 60 s
+
+Every variant is first compared, by relative norm, with float32 autodiff at the highest matmul
+precision (out, dx, each dW and db); a variant that is wrong is not timed. Times are medians per
+call, several calls chained in one jit, synchronised. Writes tune_mlp.json to the folder $OUT.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import os
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flare_jax.ops.fused import mlp
+from flare_jax.ops.fused.mlp import PLANS, Plan, Tile
+
+LARGE, SMALL, RAGGED = 1_024_000, 1944, 66_001
+BF16, F32 = jnp.bfloat16, jnp.float32
+TOLERANCE = {"native": 2e-2, "bf16x3": 2e-4, "ieee": 1e-5}
+
+
+def streamed(tile, warps, programs, stages=1):
+    return Tile(tile, warps, programs, stages, resident=False, bias=False)
+
+
+def forward(base, *tiles):
+    return [Plan(tile, base.backward) for tile in tiles]
+
+
+def backward(base, *segments):
+    return [Plan(base.forward, s) for s in segments]
+
+
+def variants():
+    """[(C, dtype, N, what is timed, Plan)]: the table's plan first."""
+    out = []
+
+    def add(width, dtype, n, forwards=(), backwards=()):
+        base = PLANS[width, "native" if dtype == BF16 else "bf16x3", n == SMALL]
+        out.extend((width, dtype, n, "forward", p) for p in [base, *forward(base, *forwards)])
+        out.extend((width, dtype, n, "both", p) for p in [base, *backward(base, *backwards)])
+
+    half = functools.partial(Tile, bias=False)
+    add(
+        64, BF16, LARGE,
+        [half(64, 4, 264), half(64, 4, 792), half(128, 8, 132), half(128, 8, 264)],
+        [((3, Tile(64, 4, 264)), (2, Tile(64, 4, 264))),
+         ((3, Tile(128, 8, 132)), (2, Tile(64, 4, 264))),
+         ((2, Tile(128, 8, 132)),), ((2, Tile(64, 4, 264)),),
+         ((5, Tile(128, 8, 132)),)],
+    )  # fmt: skip
+    one = half(128, 8, 132, 1)
+    add(
+        128, BF16, LARGE,
+        [half(128, 8, 132, 1), half(64, 4, 132), streamed(128, 8, 264), streamed(64, 4, 264)],
+        [((1, streamed(128, 8, 132)),),
+         ((1, streamed(128, 8, 132)), (1, streamed(128, 8, 132)), (1, one)),
+         ((1, streamed(128, 8, 132)), (2, streamed(128, 8, 132)), (2, streamed(128, 8, 132))),
+         ((2, streamed(128, 8, 132)),), ((3, streamed(128, 8, 132)),)],
+    )  # fmt: skip
+    add(
+        64, F32, LARGE,
+        [half(64, 4, 132), half(128, 8, 132)],
+        [((1, Tile(64, 4, 264)),), ((1, Tile(128, 8, 132)),), ((2, Tile(64, 4, 132)),)],
+    )  # fmt: skip
+    add(
+        128, F32, LARGE,
+        [streamed(128, 8, 132)],
+        [((1, streamed(128, 8, 132)),), ((1, streamed(64, 8, 132)),)],
+    )  # fmt: skip
+    for dtype in (F32, BF16):
+        few = [streamed(16, 4, 132), streamed(32, 8, 132), streamed(32, 4, 132)]
+        add(64, dtype, SMALL, few, [((5, tile),) for tile in few])
+    return out
+
+
+# ------------------------------------------------------------------------- work ---
+
+
+def reference(x, layers, norm=None, skip=False):
+    raw = x
+    if norm is not None:
+        mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        x = ((x - mean) * jax.lax.rsqrt(var + 1e-5) * norm[0] + norm[1]).astype(raw.dtype)
+    for w, b in layers[:-1]:
+        x = x + jax.nn.gelu(x @ w.astype(x.dtype) + b.astype(x.dtype))
+    w, b = layers[-1]
+    return x + x @ w.astype(x.dtype) + b.astype(x.dtype) + (raw if skip else 0)
+
+
+def inputs(n, width, dtype, scale=1.0, seed=0):
+    keys = iter(jax.random.split(jax.random.key(seed), 14))
+    x, dy = (jax.random.normal(next(keys), (n, width)).astype(dtype) for _ in range(2))
+    layers = tuple(
+        (
+            scale * jax.random.normal(next(keys), (width, width)) / width**0.5,
+            0.3 * jax.random.normal(next(keys), (width,)),
+        )
+        for _ in range(5)
+    )
+    norm = tuple(c + 0.2 * jax.random.normal(next(keys), (width,)) for c in (1, 0))
+    return x, layers, norm, dy
+
+
+def value_and_grads(f, dy, *args):
+    out, vjp = jax.vjp(f, *args)
+    dx, dlayers, *rest = vjp(dy)
+    named = {"out": out, "dx": dx}
+    for i, (dw, db) in enumerate(dlayers):
+        named |= {f"dW{i}": dw, f"db{i}": db}
+    return named | {f"dnorm{i}": d for i, d in enumerate(jax.tree.leaves(rest))}
+
+
+def errors(got, want):
+    def relative(a, b):
+        a, b = a.astype(F32), b.astype(F32)
+        return jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel())
+
+    return {k: float(v) for k, v in jax.jit(
+        lambda a, b: {k: relative(a[k], b[k]) for k in b})(got, want).items()}  # fmt: skip
+
+
+def passes(errs, tolerance):
+    return all(e < tolerance for e in errs.values())  # False for nan
+
+
+def chained(f, what, calls):
+    """`calls` calls of f, or of f and its derivative, each on what the last one returned."""
+
+    def run(x, layers):
+        total = 0.0
+        for _ in range(calls):
+            if what == "forward":
+                x = f(x, layers)
+                continue
+            out, vjp = jax.vjp(f, x, layers)
+            x, grads = vjp(out)
+            total += sum(g.ravel()[0] for g in jax.tree.leaves(grads))
+        return x, total
+
+    return run
+
+
+def median_ms(compiled, args, calls, repeats=15):
+    jax.block_until_ready(compiled(*args))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) / calls * 1e3
+
+
+def describe(plan, what):
+    def tile(t):
+        flags = ("" if t.resident else "s") + ("" if t.bias else "b")
+        return f"{t.tile}x{t.warps}w/{t.programs}p/{t.stages}{flags}"
+
+    if what == "forward":
+        return tile(plan.forward)
+    return " ".join(f"{n}:{tile(t)}" for n, t in plan.backward)
+
+
+def compile_all(jobs):
+    """{key: executable or the exception}, compiled by several threads."""
+
+    def one(job):
+        key, fn, args = job
+        try:
+            return key, jax.jit(fn).lower(*args).compile()
+        except Exception as error:  # out of shared memory, say: an answer, not a failure
+            return key, error
+
+    with concurrent.futures.ThreadPoolExecutor(min(12, os.cpu_count() or 1)) as pool:
+        return dict(pool.map(one, jobs))
+
+
+def kernel(plan, **kwargs):
+    return lambda x, layers, *norm: mlp.residual_mlp(
+        x, layers, plan=plan, norm=norm[0] if norm else None, **kwargs
+    )
+
+
+def shapes(tree):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+def check_features(report):
+    """LayerNorm, skip, pair, vmap and IEEE float32 with the table's plans, at a ragged N."""
+    for dtype, n in ((BF16, 3001), (F32, 3001), (F32, 1944)):
+        x, layers, norm, dy = inputs(n, 64, dtype)
+        want = jax.jit(functools.partial(value_and_grads, reference_f32))(
+            dy.astype(F32), x.astype(F32), layers, norm
+        )
+        precisions = ("native",) if dtype == BF16 else ("bf16x3", "ieee")
+        for precision in precisions:
+            name = f"norm+skip C=64 N={n} {precision}"
+            try:
+                f = kernel(None, skip=True, precision=precision)
+                got = jax.jit(functools.partial(value_and_grads, f))(dy, x, layers, norm)
+                errs = errors(got, want)
+            except Exception as error:  # report it, go on
+                errs = {f"failed: {str(error)[:150]}": float("nan")}
+            report(name, errs, TOLERANCE[precision])
+    x, layers, norm, dy = inputs(3001, 64, BF16)
+    _, other, _, _ = inputs(3001, 64, BF16, seed=1)
+
+    def pair(x, both, norm):
+        return sum(o.astype(F32) for o in mlp.residual_mlp_pair(x, *both, norm=norm))
+
+    def two(x, both, norm):
+        return sum(mlp.residual_mlp(x, w, norm=norm).astype(F32) for w in both)
+
+    run = lambda f: jax.jit(jax.grad(lambda *a: jnp.sum(f(*a) * dy.astype(F32)), (0, 1)))  # noqa: E731
+    got, want = (dict(enumerate(jax.tree.leaves(run(f)(x, (layers, other), norm))))
+                 for f in (pair, two))  # fmt: skip
+    report("pair against two", errors(got, want), 2e-2)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), (x, layers), (x[::-1], other))
+    got = jax.jit(jax.vmap(lambda x, w: mlp.residual_mlp(x, w)))(*stacked)
+    want = jnp.stack([mlp.residual_mlp(x, layers), mlp.residual_mlp(x[::-1], other)])
+    report("vmap against loop", errors({"out": got}, {"out": want}), 1e-6)
+
+
+def reference_f32(x, layers, norm):
+    with jax.default_matmul_precision("highest"):
+        return reference(x, layers, norm, skip=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--budget", type=float, default=105.0, help="seconds, then stop timing")
+    budget = parser.parse_args().budget
+    begin = time.perf_counter()
+    device = jax.devices()[0]
+    lines, rows = [], []
+    print(f"# {device.device_kind}, jax {jax.__version__}", flush=True)
+
+    def report(name, errs, tolerance):
+        worst = max(errs, key=lambda k: float("inf") if np.isnan(errs[k]) else errs[k])
+        state = "ok" if passes(errs, tolerance) else "WRONG"
+        lines.append(f"{state:5s} {name}: worst {worst} {errs[worst]:.1e}")
+        print(lines[-1], flush=True)
+        rows.append(dict(check=name, state=state, errors=errs))
+
+    todo = variants()
+    cases = sorted({(c, jnp.dtype(d).name, n) for c, d, n, *_ in todo}, reverse=True)
+    jobs = []
+    for i, (width, dtype, n, what, plan) in enumerate(todo):
+        calls = 4 if n == LARGE else 20
+        x, layers, _, dy = jax.eval_shape(functools.partial(inputs, n, width, dtype))
+        jobs.append((("time", i), chained(kernel(plan), what, calls), (x, layers)))
+        small = min(n, RAGGED)
+        x, layers, _, dy = jax.eval_shape(functools.partial(inputs, small, width, dtype))
+        if (("check", plan, width, dtype)) not in [j[0] for j in jobs]:
+            fn = functools.partial(value_and_grads, kernel(plan))
+            jobs.append((("check", plan, width, dtype), fn, (dy, x, layers)))
+    for width, name, n in cases:
+        for what in ("forward", "both"):
+            x, layers, _, _ = jax.eval_shape(functools.partial(inputs, n, width, jnp.dtype(name)))
+            calls = 2 if n == LARGE else 20
+            fn = chained(reference, what, calls)
+            jobs.append((("xla", width, name, n, what), fn, (x, layers)))
+    compiled = compile_all(jobs)
+    print(f"# {len(jobs)} programs compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+
+    wants, table = {}, []
+    for i, (width, dtype, n, what, plan) in enumerate(todo):
+        name = f"C={width} {jnp.dtype(dtype).name} N={n} {what} {describe(plan, what)}"
+        check, timed = compiled["check", plan, width, dtype], compiled["time", i]
+        failed = next((c for c in (check, timed) if isinstance(c, Exception)), None)
+        if failed is not None:
+            table.append((name, None, f"not compiled: {str(failed)[:110]}"))
+            continue
+        if time.perf_counter() - begin > budget:
+            table.append((name, None, "no time left"))
+            continue
+        small = min(n, RAGGED)
+        x, layers, _, dy = inputs(small, width, dtype)
+        if (width, dtype, small) not in wants:
+            plain = functools.partial(value_and_grads, reference)
+            with jax.default_matmul_precision("highest"):
+                want = jax.jit(plain)(dy.astype(F32), x.astype(F32), layers)
+            wants[width, dtype, small] = want
+        errs = errors(check(dy, x, layers), wants[width, dtype, small])
+        precision = "native" if dtype == BF16 else "bf16x3"
+        if not passes(errs, TOLERANCE[precision]):
+            report(name, errs, TOLERANCE[precision])
+            table.append((name, None, "WRONG"))
+            continue
+        x, layers, _, _ = inputs(n, width, dtype, scale=0.1)
+        ms = median_ms(timed, (x, layers), 4 if n == LARGE else 20)
+        table.append((name, ms, f"worst error {max(errs.values()):.1e}"))
+        rows.append(dict(width=width, dtype=jnp.dtype(dtype).name, n=n, what=what,
+                         plan=describe(plan, what), ms=ms, errors=errs))  # fmt: skip
+        print(name, f"{ms:.3f} ms", flush=True)
+    for width, name, n in cases:
+        for what in ("forward", "both"):
+            fn = compiled["xla", width, name, n, what]
+            label = f"C={width} {name} N={n} {what} XLA"
+            if isinstance(fn, Exception) or time.perf_counter() - begin > budget + 10:
+                table.append(
+                    (label, None, str(fn)[:100] if isinstance(fn, Exception) else "no time")
+                )
+                continue
+            x, layers, _, _ = inputs(n, width, jnp.dtype(name), scale=0.1)
+            ms = median_ms(fn, (x, layers), 2 if n == LARGE else 20, repeats=7)
+            table.append((label, ms, "default matmul precision"))
+            rows.append(dict(width=width, dtype=name, n=n, what=what, plan="xla", ms=ms))
+    try:
+        check_features(report)
+    except Exception as error:
+        lines.append(f"WRONG features: {error}"[:300])
+    out = pathlib.Path(os.environ.get("OUT", "."))
+    out.mkdir(parents=True, exist_ok=True)
+    result = dict(device=device.device_kind, jax=jax.__version__, rows=rows)
+    (out / "tune_mlp.json").write_text(json.dumps(result, indent=1))
+
+    print("\n# checks", *lines, sep="\n")
+    print("\n# ms a call (tile x warps / programs / stages; s: weights streamed, b: biases too)")
+    for name, ms, note in sorted(table, key=lambda r: r[0].split()[:4]):
+        print(f"{name:88s} {'-' if ms is None else format(ms, '.4f'):>8s}  {note}")
+    print(f"# {time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
