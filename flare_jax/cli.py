@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from flare_jax import __version__
-from flare_jax.data.arrays import DataFileError
 from flare_jax.ops.flare import DEFAULT, IMPLEMENTATIONS
 from flare_jax.plots import prediction_figure
 from flare_jax.predict import Surrogate, Which, load_run
@@ -27,7 +26,7 @@ from flare_jax.train.loop import Interrupted, NonFiniteError, fit
 
 console = Console()
 Run = Annotated[Path, tyro.conf.Positional]  # folder of a training run
-ERRORS = (ValueError, OSError, DataFileError, CheckpointError, NonFiniteError, Interrupted)
+ERRORS = (ValueError, OSError, NotImplementedError, CheckpointError, NonFiniteError, Interrupted)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from flare_jax.models.layers import ACTIVATIONS, ResidualMLP, linear, norm
-from flare_jax.ops.flare import flare_attention
+from flare_jax.ops.flare import IMPLEMENTATIONS, flare_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,10 @@ class FLAREConfig:
             )
         if self.act not in ACTIVATIONS:
             raise ValueError(f"act must be of {list(ACTIVATIONS)}, got {self.act!r}")
+        if self.implementation not in (None, *IMPLEMENTATIONS):
+            raise ValueError(
+                f"implementation must be of {list(IMPLEMENTATIONS)}, got {self.implementation!r}"
+            )
 
     @property
     def heads(self) -> int:

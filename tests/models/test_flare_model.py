@@ -150,6 +150,7 @@ def test_all_misfits_are_listed_at_once(small):
         ({"num_heads": 3}, "num_heads must divide"),
         ({"num_latents": 0}, "num_latents must be at least 1"),
         ({"act": "relu6"}, "act must be of"),
+        ({"implementation": "magic"}, "implementation must be of"),
         ({"num_layers_ffn": -2}, "num_layers_ffn must be at least -1"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Commands that make the results we claim, one file each."""

@@ -1,0 +1,104 @@
+"""The commands, as a user types them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from flare_jax.cli import main
+
+TINY = """--grid 9 --stride 1 --num-train 8 --num-valid 2 --num-test 4 --epochs 2 --eval-every 1
+    --channel-dim 8 --num-blocks 1 --num-heads 1 --num-latents 4 --num-layers-ffn 0
+    --num-layers-k-proj 0 --num-layers-v-proj 0 --num-layers-in-out-proj 0"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def inside(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("FLARE_JAX_CACHE", str(home / "cache"))
+
+
+@pytest.fixture(scope="module")
+def run(home):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("FLARE_JAX_CACHE", str(home / "cache"))
+        assert main(["train", "darcy", *TINY.split()]) == 0
+    return home / "runs" / "darcy-small"
+
+
+def test_train_leaves_a_complete_run(run):
+    for name in ("config.json", "metrics.jsonl", "result.json", "figure.png", "checkpoints"):
+        assert (run / name).exists(), name
+    assert (run / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert 0 < json.loads((run / "result.json").read_text())["test_rel_l2"] < 2
+
+
+def test_evaluate_prints_the_error_of_the_result(run, capsys):
+    assert main(["evaluate", str(run)]) == 0
+    error = json.loads((run / "result.json").read_text())["test_rel_l2"]
+    assert f"{error:.5f}"[:6] in capsys.readouterr().out
+
+
+def test_predict_writes_fields_and_a_picture(run, home):
+    rng = np.random.default_rng(0)
+    np.savez(home / "new.npz", coefficient=rng.choice([3.0, 12.0], (2, 9, 9)))
+    assert main(["predict", str(run), "new.npz", "--out", "fields.npz"]) == 0
+    u = np.load(home / "fields.npz")["u"]
+    assert u.shape == (2, 9, 9) and np.isfinite(u).all()
+    assert (home / "fields.png").exists()
+
+
+def test_resuming_a_finished_run_reports_it_again(run):
+    before = json.loads((run / "result.json").read_text())["rel_l2"]
+    assert main(["train", "darcy", "--resume", "--out", str(run)]) == 0
+    assert json.loads((run / "result.json").read_text())["rel_l2"] == before
+
+
+def test_a_second_run_gets_a_folder_of_its_own(run, home):
+    assert main(["train", "darcy", *TINY.split(), "--precision", "bfloat16", "--seeds", "2"]) == 0
+    result = json.loads((home / "runs" / "darcy-small-2" / "result.json").read_text())
+    assert len(result["rel_l2"]["last"]["seeds"]) == 2
+
+
+def test_generate_and_info_run(capsys):
+    assert main(["generate", "darcy", *TINY.split()[:10]]) == 0
+    assert "8 train, 2 valid, 4 test samples of 81 points" in capsys.readouterr().out
+    assert main(["info"]) == 0
+    assert "cudnn needs" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [
+        ("train stokes", 2, "invalid choice: 'stokes'"),
+        ("train darcy --preset huge", 2, "invalid choice: 'huge'"),
+        ("train darcy --epoch 3", 2, "Unrecognized options: --epoch"),
+        ("train darcy --epochs three", 2, "--epochs"),
+        ("train darcy --epochs 0", 2, "epochs must be at least 1"),
+        ("train darcy --num-heads 5", 2, "num_heads must divide channel_dim"),
+        ("train darcy --implementation magic", 2, "implementation must be of"),
+        ("train darcy --data nowhere", 1, "data folder nowhere"),
+        ("train darcy --resume --out nowhere", 1, "nowhere holds no run"),
+        ("evaluate nowhere", 1, "nowhere holds no run"),
+        ("predict nowhere x.npz", 1, "nowhere holds no run"),
+        ("fly", 2, "invalid choice: 'fly'"),
+    ],
+)
+def test_bad_commands_fail_at_once_and_say_why(command, status, message, capsys):
+    try:
+        code = main(command.split())
+    except SystemExit as error:
+        code = error.code
+    assert code == status
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_predict_names_a_missing_file(run, capsys):
+    assert main(["predict", str(run), "none.npz"]) == 1
+    assert "none.npz" in capsys.readouterr().err
