@@ -34,9 +34,7 @@ def inputs(shape=(2, 21), width=C, depth=5, dtype=jnp.float32, seed=0):
     keys = iter(jax.random.split(jax.random.key(seed), 2 * depth + 4))
     normal = lambda *s: jax.random.normal(next(keys), s)  # noqa: E731
     x, dy = normal(*shape, width).astype(dtype), normal(*shape, width).astype(dtype)
-    layers = tuple(
-        (normal(width, width) / width**0.5, 0.3 * normal(width)) for _ in range(depth)
-    )
+    layers = tuple((normal(width, width) / width**0.5, 0.3 * normal(width)) for _ in range(depth))
     return x, layers, (1 + 0.2 * normal(width), 0.2 * normal(width)), dy
 
 

@@ -50,6 +50,8 @@ from flare_jax.ops.fused.math import (
     exp2,
     exp2_scaled,
     interpreted,
+    multiply,
+    once,
     pallas_call,
     spread,
 )
@@ -66,14 +68,10 @@ def load_token_row(ref, head: int, start, size: int, live):
     return plgpu.load(at, mask=live[None, :], other=0.0).reshape(size)
 
 
-def score_grads(p, dp, d1, a, d2, axis: int):
-    """p (dp - d1_n - a_n d2_m), tokens along `axis`."""
-    d1, a = (spread(x, p.shape, axis) for x in (d1, a))
-    d2 = spread(-d2, p.shape, 1 - axis)
-    if interpreted():
-        return p * (dp - d1 + a * d2)
-    code = "fma.rn.ftz.f32 r, $4, $5, $2; sub.ftz.f32 r, r, $3; mul.ftz.f32 $0, $1, r;"
-    return asm("{ .reg .f32 r; " + code + " }", p, dp, d1, a, d2)
+def _offset(d1, a, d2, shape, axis: int):
+    """-d1_n - a_n d2_m, tokens along `axis`."""
+    d1, a, d2 = spread(-d1, shape, axis), spread(a, shape, axis), spread(-d2, shape, 1 - axis)
+    return d1 + a * d2 if interpreted() else asm("fma.rn.ftz.f32 $0, $2, $3, $1;", d1, a, d2)
 
 
 def compute_dtype(dtype):
@@ -174,9 +172,9 @@ def _pair(mode, tokens, latents, *, shape, scale2, axis, live_m):
     live, k, v, dy, lse_n, d1, a = tokens
     q, z, dz, lse_m, d2 = latents
 
-    def product(x, y):  # tokens x latents
+    def product(x, y, init=None):  # tokens x latents
         pair = (x, y) if axis == 0 else (y, x)
-        return dot(*pair, (1, 1), shape.precision)
+        return dot(*pair, (1, 1), shape.precision, init)
 
     def weights(lse, along):
         p = exp2_scaled(s, scale2, lse, along)
@@ -185,7 +183,8 @@ def _pair(mode, tokens, latents, *, shape, scale2, axis, live_m):
     s = product(k, q)
     if mode == "shared":
         p = weights(lse_n, axis)
-        return p, score_grads(p, product(dy, z) + product(v, dz), d1, a, d2, axis)
+        offset = _offset(d1, a, d2, p.shape, axis)
+        return p, multiply(p, product(v, dz, product(dy, z, offset)))
     p = ds = None
     if mode in ("decode", "both"):
         p = weights(lse_n, axis)
@@ -293,7 +292,7 @@ def _dkv_kernel(*refs, shape, tile, tiles, scale, mode, masked, with_dq):
                 axis=0,
                 live_m=x.live_m(start),
             )
-            ds = ds.astype(x.dtype)
+            ds = once(ds).astype(x.dtype)
             dk += dot(ds, latents[0], (1, 0), shape.precision)
             if mode != "decode":
                 pz += dot(p.astype(x.dtype), latents[2], (1, 0), shape.precision)

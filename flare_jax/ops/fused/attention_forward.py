@@ -160,7 +160,8 @@ def _merge_kernel(acc_ref, peak_ref, total_ref, z_ref, lse_ref, *, shape, splits
 
     heads = range(shape.group)
     peaks = [
-        jnp.max(part(peak_ref, 0 * start, pow2(splits), pl.ds(i, 1), 2 * NEG), axis=0) for i in heads
+        jnp.max(part(peak_ref, 0 * start, pow2(splits), pl.ds(i, 1), 2 * NEG), axis=0)
+        for i in heads
     ]  # [rows, 1]
 
     def body(c, carry):

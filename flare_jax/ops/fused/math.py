@@ -59,25 +59,36 @@ def split_bf16(x):
     return hi.astype(jnp.bfloat16), (x - hi).astype(jnp.bfloat16)
 
 
-def dot(a, b, contract=(1, 0), precision="fast"):
-    """Matrix product with float32 accumulation, contracting a's axis with b's axis.
+def dot(a, b, contract=(1, 0), precision="fast", init=None):
+    """Matrix product with float32 accumulation, contracting a's axis with b's axis; plus `init`.
 
     `precision` matters to float32 operands only: see `f32_precision`.
     """
     dims = (((contract[0],), (contract[1],)), ((), ()))
     if a.dtype == jnp.float32 and not interpreted() and precision == "fast":
         (ah, al), (bh, bl) = split_bf16(a), split_bf16(b)
-        low = lax.dot_general(al, bh, dims, preferred_element_type=jnp.float32)
-        low += lax.dot_general(ah, bl, dims, preferred_element_type=jnp.float32)
-        return low + lax.dot_general(ah, bh, dims, preferred_element_type=jnp.float32)
+        total = init
+        for x, y in ((al, bh), (ah, bl), (ah, bh)):
+            total = dot(x, y, contract, init=total)
+        return total
     exact = a.dtype == jnp.float32 or interpreted()
-    return lax.dot_general(
+    out = lax.dot_general(
         a,
         b,
         dims,
         preferred_element_type=jnp.float32,
         precision=lax.Precision.HIGHEST if exact else None,
     )
+    return out if init is None else _apart(init) + out
+
+
+def _apart(x):
+    """x, such that the compiler does not see where it comes from.
+
+    Triton adds into the accumulator of a product, but not if the other term is a product itself.
+    The move below hides that and costs nothing: the assembler removes it.
+    """
+    return x if interpreted() else asm("mov.f32 $0, $1;", x)
 
 
 def asm(code: str, *args):
@@ -128,3 +139,16 @@ def log2(x):
 def reciprocal(x):
     """1 / x to one unit in the last place."""
     return 1.0 / x if interpreted() else asm("rcp.approx.ftz.f32 $0, $1;", x)
+
+
+def multiply(x, y):
+    return x * y if interpreted() else asm("mul.ftz.f32 $0, $1, $2;", x, y)
+
+
+def once(x):
+    """x, computed once where it is used as it is and transposed.
+
+    The compiler moves a transpose up through elementwise code to the products it starts from and
+    so clones that code. It does not move it through a loop; this one is then removed.
+    """
+    return x if interpreted() else lax.fori_loop(0, 1, lambda _, x: asm("mov.f32 $0, $1;", x), x)

@@ -78,8 +78,8 @@ TABLE = {
     ("dz", True, True): Tile(64, 128, 4, 3, 8),
     ("dkv", False, False): Tile(64, 64, 4, 2, 2),
     ("dkv", False, True): Tile(64, 64, 4, 2, 16),
-    ("dkv", True, False): Tile(64, 32, 4, 1, 2),
-    ("dkv", True, True): Tile(64, 32, 4, 1, 16),
+    ("dkv", True, False): Tile(64, 64, 4, 1, 2),
+    ("dkv", True, True): Tile(64, 64, 4, 1, 16),
     ("dq", False, True): Tile(64, 64, 4, 2, 8),
     ("dq", True, True): Tile(64, 64, 4, 1, 8),
 }
