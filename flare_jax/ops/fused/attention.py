@@ -86,7 +86,7 @@ def attention_bwd(scale, residuals, dy):
     q, k, v, mask, z, lse, y, lse_n = residuals
     parts, d1, tops = _dz(q, k, mask, y, lse_n, dy, scale)
     dtype = compute_dtype(k.dtype)
-    dz, bdz, d2, bd2, c, spread = _merge_dz(describe(q, k), dtype, parts, tops, z, lse)
+    dz, bdz, d2, bd2, c, wide = _merge_dz(describe(q, k, dtype), dtype, parts, tops, z, lse)
     arrays = {"q": q, "k": k, "dy": dy, "z": z, "lse_n": lse_n, "d1": d1, "v": v, "d2": d2}
     arrays |= {"dz": dz.reshape(z.shape), "lse_m": lse, "bdz": bdz, "bd2": bd2, "c": c}
-    return gradients("shared", scale, mask, arrays | {"spread": spread})
+    return gradients("shared", scale, mask, arrays | {"wide": wide})

@@ -13,7 +13,9 @@ c = min_m L_m, so that b folds into dz outside the loop and a into v, a thin til
     dS = P' (dy.z + (a v).(b dz) - d1_n - a_n b_m d2_m),   dv = a_n (P' @ (b dz))
 
 P' below 2^-126 is flushed to zero, so P is wrong by at most 2^(max L' - c - 126). Kernel dz finds
-max L'; where it exceeds c + SPREAD the programs of that head take a loop with both exponentials.
+max L'; where it exceeds c + SPREAD, a and b are zero, which leaves decode's terms, and a second
+walk over the tokens adds encode's with their own exponential. (Both in one loop took 80 registers
+more than the usual one, and a third of the programs that fit on a multiprocessor.)
 
 dq of all latents stays in registers while M and the width allow it. Beyond that a kernel of its
 own walks the tokens for a block of latents (one more exponential, no partial dk and dv in memory).
@@ -46,6 +48,7 @@ from flare_jax.ops.fused.attention_forward import (
 from flare_jax.ops.fused.math import (
     LOG2E,
     asm,
+    barrier,
     dot,
     exp2,
     exp2_scaled,
@@ -131,8 +134,13 @@ def finite_lse(ref, start, size, head, m):
 
 
 def _merge_dz_kernel(*refs, shape, splits, rows, chunk):
-    """Some latents of one head group: dz over all splits, d2, both times b, c and max L' - c."""
-    part_ref, top_ref, z_ref, lse_ref, dz_ref, bdz_ref, d2_ref, bd2_ref, c_ref, spread_ref = refs
+    """Some latents of one head group: dz over all splits, d2, both times b, c and "wide".
+
+    Wide is 1 where the spread of a head forbids a and b: they are zero then, b here and a by a
+    huge c, and so "shared" is "decode".
+    d2 is that of dz as stored: then sum_n P (v.dz - d2) is zero, whatever dz is rounded to.
+    """
+    part_ref, top_ref, z_ref, lse_ref, dz_ref, bdz_ref, d2_ref, bd2_ref, c_ref, wide_ref = refs
     start = lax.div(pl.program_id(0), shape.groups) * rows
     live = start + jnp.arange(rows) < shape.m
 
@@ -145,20 +153,29 @@ def _merge_dz_kernel(*refs, shape, splits, rows, chunk):
 
     zeros = jnp.zeros((rows, shape.width), jnp.float32)
     dz = lax.fori_loop(0, pl.cdiv(splits, chunk), body, zeros)
-    products = dz * load_rows(z_ref, start, rows, live)
-    bdz, latents, size = zeros, jnp.arange(pow2(shape.m)), pow2(splits)
-    for i in range(shape.group):
+    z = load_rows(z_ref, start, rows, live)
+    d2_of = lambda dz: jnp.sum(dz.astype(dz_ref.dtype).astype(jnp.float32) * z, axis=1)
+    latents, size, heads = jnp.arange(pow2(shape.m)), pow2(splits), range(shape.group)
+
+    def lowest(i):
         lse = finite_lse(lse_ref, 0 * start, pow2(shape.m), i, shape.m)
-        c = jnp.min(jnp.where(latents < shape.m, lse, -NEG))
-        b = exp2(c - finite_lse(lse_ref, start, rows, i, shape.m))
-        d2 = jnp.sum(own(products, i, shape), axis=1)
-        store_column(d2_ref, start, i, d2, shape.m)
-        store_column(bd2_ref, start, i, d2 * b, shape.m)
-        bdz += own(dz, i, shape) * b[:, None]
+        return jnp.min(jnp.where(latents < shape.m, lse, -NEG))
+
+    def highest(i):
         at = top_ref.at[pl.ds(0 * start, size), pl.ds(i, 1)]
-        top = plgpu.load(at, mask=(jnp.arange(size) < splits)[:, None], other=NEG)
-        c_ref[i] = c
-        spread_ref[i] = jnp.max(top) - c
+        return jnp.max(plgpu.load(at, mask=(jnp.arange(size) < splits)[:, None], other=NEG))
+
+    cs = [lowest(i) for i in heads]
+    wide = functools.reduce(jnp.maximum, [highest(i) - cs[i] for i in heads]) > SPREAD
+    bdz = zeros
+    for i in heads:
+        b = exp2(cs[i] - finite_lse(lse_ref, start, rows, i, shape.m))
+        mine, b = own(dz, i, shape), jnp.where(wide, 0.0, b)
+        store_column(d2_ref, start, i, d2_of(mine), shape.m)
+        store_column(bd2_ref, start, i, d2_of(mine * b[:, None]), shape.m)
+        bdz += mine * b[:, None]
+        c_ref[i] = jnp.where(wide, -NEG, cs[i])
+        wide_ref[i] = wide.astype(jnp.float32)
     store_rows(dz_ref, start, dz, live)
     store_rows(bdz_ref, start, bdz, live)
 
@@ -167,7 +184,7 @@ def _pair(mode, tokens, latents, *, shape, scale2, axis, live_m):
     """Weights, score gradients and the value that dv sums, for one head, tile and chunk.
 
     Arrays are [tokens, latents] for axis 0 and [latents, tokens] for axis 1. Mode "shared" is one
-    exponential for both softmaxes, "both" one each, "encode" and "decode" only that softmax.
+    exponential for both softmaxes, "encode" and "decode" only that softmax.
     """
     live, k, v, dy, lse_n, d1, a = tokens
     q, z, dz, lse_m, d2 = latents
@@ -177,27 +194,18 @@ def _pair(mode, tokens, latents, *, shape, scale2, axis, live_m):
         return dot(*pair, (1, 1), shape.precision, init)
 
     def weights(lse, along):
-        p = exp2_scaled(s, scale2, lse, along)
+        p = exp2_scaled(product(k, q), scale2, lse, along)
         return p if live_m is None else jnp.where(spread(live_m, p.shape, 1 - axis), p, 0.0)
 
-    s = product(k, q)
-    if mode == "shared":
-        p = weights(lse_n, axis)
-        offset = _offset(d1, a, d2, p.shape, axis)
-        return p, multiply(p, product(v, dz, product(dy, z, offset)))
-    p = ds = None
-    if mode in ("decode", "both"):
-        p = weights(lse_n, axis)
-        ds = p * (product(dy, z) - spread(d1, p.shape, axis))
-    if mode in ("encode", "both"):
+    if mode == "encode":
         p = weights(lse_m, 1 - axis)
-        if live is not None:
-            p = jnp.where(spread(live, p.shape, axis), p, 0.0)
-        more = p * (product(v, dz) - spread(d2, p.shape, 1 - axis))
-        if ds is not None:
-            more += ds
-        ds = more
-    return p, ds
+        p = p if live is None else jnp.where(spread(live, p.shape, axis), p, 0.0)
+        return p, p * (product(v, dz) - spread(d2, p.shape, 1 - axis))
+    p = weights(lse_n, axis)
+    if mode == "decode":
+        return p, p * (product(dy, z) - spread(d1, p.shape, axis))
+    offset = _offset(d1, a, d2, p.shape, axis)
+    return p, multiply(p, product(v, dz, product(dy, z, offset)))
 
 
 def _maybe(load, ref):
@@ -209,7 +217,7 @@ def input_names(mode):
     decode = ["dy", "z", "lse_n", "d1"]
     encode = ["v", "dz", "d2", "lse_m"]
     if mode == "shared":
-        return ["q", "k", *decode, *encode, "bdz", "bd2", "c", "spread"]
+        return ["q", "k", *decode, *encode, "bdz", "bd2", "c", "wide"]
     return ["q", "k", *(decode if mode == "decode" else encode)]
 
 
@@ -258,14 +266,23 @@ class _Inputs:
         size = self.tile.latents
         return None if self.shape.m % size == 0 else start + jnp.arange(size) < self.shape.m
 
-    def by_spread(self, run):
-        """run(mode), choosing between one and two exponentials where the mode is "shared"."""
+    def pair(self, mode, tokens, latents, scale, start, axis):
+        """`_pair` of one head, tile of tokens and chunk of latents from `start` on."""
+        return _pair(
+            mode,
+            tokens,
+            latents,
+            shape=self.shape,
+            scale2=scale * LOG2E,
+            axis=axis,
+            live_m=self.live_m(start),
+        )
+
+    def if_wide(self, more, sums):
+        """more(sums) where one exponential is not enough for the group; else sums."""
         if self.mode != "shared":
-            return run(self.mode)
-        wide = self.refs["spread"][0]
-        for i in range(1, self.shape.group):
-            wide = jnp.maximum(wide, self.refs["spread"][i])
-        return lax.cond(wide <= SPREAD, lambda: run("shared"), lambda: run("both"))
+            return sums
+        return lax.cond(self.refs["wide"][0] > 0, more, lambda sums: sums, sums)
 
 
 def _dkv_kernel(*refs, shape, tile, tiles, scale, mode, masked, with_dq):
@@ -279,19 +296,14 @@ def _dkv_kernel(*refs, shape, tile, tiles, scale, mode, masked, with_dq):
     starts = [origin + c * tile.latents for c in range(chunks)]
     zeros = jnp.zeros((tile.tokens, shape.width), jnp.float32)
 
-    def run(mode):
-        held = [[x.latents(s, i, mode) for s in starts] for i in heads] if with_dq else None
+    def run(mode, dqs, again=False):
+        """Walks the tokens; `again`: adds to the dk of an earlier walk, with fewer registers."""
+        held = None
+        if with_dq and not again:
+            held = [[x.latents(s, i, mode) for s in starts] for i in heads]
 
         def chunk(mine, latents, start, dk, pz):
-            p, ds = _pair(
-                mode,
-                mine,
-                latents,
-                shape=shape,
-                scale2=scale * LOG2E,
-                axis=0,
-                live_m=x.live_m(start),
-            )
+            p, ds = x.pair(mode, mine, latents, scale, start, axis=0)
             ds = once(ds).astype(x.dtype)
             dk += dot(ds, latents[0], (1, 0), shape.precision)
             if mode != "decode":
@@ -306,7 +318,8 @@ def _dkv_kernel(*refs, shape, tile, tiles, scale, mode, masked, with_dq):
                 pz = zeros
                 if with_dq:
                     for c, start in enumerate(starts):
-                        ds, dk, pz = chunk(mine, held[i][c], start, dk, pz)
+                        latents = held[i][c] if held else x.latents(start, i, mode)
+                        ds, dk, pz = chunk(mine, latents, start, dk, pz)
                         dqs[c] += dot(ds, own(k, i, shape), (0, 0), shape.precision)
                 else:
 
@@ -317,18 +330,25 @@ def _dkv_kernel(*refs, shape, tile, tiles, scale, mode, masked, with_dq):
                     dk, pz = lax.fori_loop(0, chunks, step, (dk, pz))
                 dv += pz * mine[-1][:, None] if mode == "shared" else pz
             bound = bounds(t, tile.tokens, shape.n)
-            store_rows(dk_ref, t * tile.tokens, dk * scale, bound)
+            dk *= scale
+            if again:
+                dk += load_rows(dk_ref, t * tile.tokens, tile.tokens, bound).astype(jnp.float32)
+            store_rows(dk_ref, t * tile.tokens, dk, bound)
             if mode != "decode":
                 store_rows(outputs[0], t * tile.tokens, dv, bound)
             return tuple(dqs)
 
-        zero = jnp.zeros((tile.latents, shape.width), jnp.float32)
-        dqs = lax.fori_loop(first, last, body, (zero,) * (chunks if with_dq else 0))
-        for start, dq in zip(starts, dqs, strict=False):
-            store_rows(outputs[-1], start, dq, start + jnp.arange(tile.latents) < shape.m)
-        return 0
+        return lax.fori_loop(first, last, body, dqs)
 
-    x.by_spread(run)
+    def encode_too(dqs):
+        barrier()  # the second walk reads what other threads of this program wrote
+        return run("encode", dqs, again=True)
+
+    zero = jnp.zeros((tile.latents, shape.width), jnp.float32)
+    dqs = run(mode, (zero,) * (chunks if with_dq else 0))
+    dqs = x.if_wide(encode_too, dqs)
+    for start, dq in zip(starts, dqs, strict=False):
+        store_rows(outputs[-1], start, dq, start + jnp.arange(tile.latents) < shape.m)
 
 
 def _dq_kernel(*refs, shape, tile, tiles, blocks, scale, mode, masked):
@@ -339,36 +359,27 @@ def _dq_kernel(*refs, shape, tile, tiles, blocks, scale, mode, masked):
     last = jnp.minimum(first + tiles, pl.cdiv(shape.n, tile.tokens))
     start = lax.rem(lax.div(index, shape.groups), blocks) * tile.latents
 
-    def run(mode):
+    def run(mode, dq):
         held = [x.latents(start, i, mode) for i in range(shape.group)]
 
         def body(t, dq):
             live, k, v, dy = x.rows(t)
             for i, latents in enumerate(held):
                 mine = x.tokens(t, i, mode, live, k, v, dy)
-                _, ds = _pair(
-                    mode,
-                    mine,
-                    latents,
-                    shape=shape,
-                    scale2=scale * LOG2E,
-                    axis=1,
-                    live_m=x.live_m(start),
-                )
+                _, ds = x.pair(mode, mine, latents, scale, start, axis=1)
                 dq += dot(ds.astype(x.dtype), own(k, i, shape), (1, 0), shape.precision)
             return dq
 
-        zeros = jnp.zeros((tile.latents, shape.width), jnp.float32)
-        dq = lax.fori_loop(first, last, body, zeros)
-        store_rows(x.outputs[0], start, dq, start + jnp.arange(tile.latents) < shape.m)
-        return 0
+        return lax.fori_loop(first, last, body, dq)
 
-    x.by_spread(run)
+    dq = run(mode, jnp.zeros((tile.latents, shape.width), jnp.float32))
+    (dq,) = x.if_wide(lambda dqs: (run("encode", dqs[0]),), (dq,))
+    store_rows(x.outputs[0], start, dq, start + jnp.arange(tile.latents) < shape.m)
 
 
 def _dz(q, k, mask, y, lse_n, dy, scale):
     """Partial dz [B, splits, M, C], d1 [B, H, N] and the largest L' [B, splits, H]."""
-    shape = describe(q, k)
+    shape = describe(q, k, compute_dtype(k.dtype))
     tile = tile_for("dz", shape)
     blocks = pl.cdiv(shape.m, tile.latents)
     splits, tiles = splits_for(shape, tile, shape.groups * blocks * shape.b)
@@ -409,7 +420,7 @@ def _dz(q, k, mask, y, lse_n, dy, scale):
 
 
 def _merge_dz(shape, dtype, parts, tops, z, lse):
-    """dz, b dz (in `dtype`), d2, b d2, c and max L' - c."""
+    """dz, b dz (in `dtype`), d2, b d2, c and whether both exponentials are needed (0 or 1)."""
     splits, rows = parts.shape[1], min(8, pow2(shape.m))
     specs = Specs(shape)
     head = pl.BlockSpec((None, shape.group), lambda i, b: (b, specs.group(i)))
@@ -435,11 +446,11 @@ def _merge_dz(shape, dtype, parts, tops, z, lse):
 def gradients(mode, scale, mask, arrays):
     """dq (float32), dk and, unless mode is "decode", dv, from the operands in `input_names`."""
     q, k = arrays["q"], arrays["k"]
-    shape = describe(q, k)
+    shape = describe(q, k, compute_dtype(k.dtype))
     specs = Specs(shape)
     masks, mask_specs = mask_operand(mask, specs)
     head = pl.BlockSpec((None, shape.group), lambda i, b: (b, specs.group(i)))
-    kinds = {"q": specs.queries(), "c": head, "spread": head}
+    kinds = {"q": specs.queries(), "c": head, "wide": head}
     kinds |= dict.fromkeys(("k", "v", "dy"), specs.tokens())
     kinds |= dict.fromkeys(("z", "dz", "bdz"), specs.latents())
     kinds |= dict.fromkeys(("lse_m", "d2", "bd2"), specs.latent_stats())

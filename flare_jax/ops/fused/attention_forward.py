@@ -322,9 +322,11 @@ def mask_operand(mask, specs):
     return ([], []) if mask is None else ([mask.astype(jnp.int8)], [specs.mask()])
 
 
-def describe(q, k) -> Shape:
+def describe(q, k, dtype=None) -> Shape:
+    """Sizes, and how a kernel multiplies whose operands have `dtype` (None: that of k)."""
     (m, h, d), (b, n) = q.shape, k.shape[:2]
-    return Shape(b, n, m, h, d, f32_precision() if k.dtype == jnp.float32 else "native")
+    exact = jnp.dtype(dtype or k.dtype) == jnp.float32
+    return Shape(b, n, m, h, d, f32_precision() if exact else "native")
 
 
 def encode(q, k, v, mask, scale):

@@ -152,3 +152,9 @@ def once(x):
     so clones that code. It does not move it through a loop; this one is then removed.
     """
     return x if interpreted() else lax.fori_loop(0, 1, lambda _, x: asm("mov.f32 $0, $1;", x), x)
+
+
+def barrier():
+    """Waits for all threads of a program; then each sees what the others stored."""
+    if not interpreted():
+        plgpu.debug_barrier()

@@ -62,27 +62,34 @@ def multiprocessors() -> int:
     return getattr(device, "core_count", None) or SMS if device.platform == "gpu" else SMS
 
 
-# (kernel, float32?, large M?): the choice at width 16. See `tile_for` for other widths.
+# (kernel, precision of dots, size): the choice at width 16. See `tile_for` for what is missing
+# and for other widths.
 TABLE = {
-    ("encode", False, False): Tile(64, 128, 4, 3, 4),
-    ("encode", False, True): Tile(64, 128, 4, 3, 8),
-    ("encode", True, False): Tile(64, 128, 4, 3, 2),
-    ("encode", True, True): Tile(64, 128, 4, 3, 8),
-    ("decode", False, False): Tile(64, 128, 4, 2, 64),
-    ("decode", False, True): Tile(128, 128, 8, 2, 64),
-    ("decode", True, False): Tile(64, 128, 4, 2, 64),
-    ("decode", True, True): Tile(128, 128, 8, 2, 64),
-    ("dz", False, False): Tile(64, 128, 4, 3, 4),
-    ("dz", False, True): Tile(64, 128, 4, 3, 8),
-    ("dz", True, False): Tile(64, 128, 4, 3, 2),
-    ("dz", True, True): Tile(64, 128, 4, 3, 8),
-    ("dkv", False, False): Tile(64, 64, 4, 2, 2),
-    ("dkv", False, True): Tile(64, 64, 4, 2, 16),
-    ("dkv", True, False): Tile(64, 64, 4, 1, 2),
-    ("dkv", True, True): Tile(64, 64, 4, 1, 16),
-    ("dq", False, True): Tile(64, 64, 4, 2, 8),
-    ("dq", True, True): Tile(64, 64, 4, 1, 8),
+    ("encode", "native", "usual"): Tile(64, 128, 4, 3, 4),
+    ("encode", "native", "many latents"): Tile(64, 128, 4, 3, 8),
+    ("encode", "fast", "usual"): Tile(64, 128, 4, 3, 2),
+    ("encode", "fast", "many latents"): Tile(64, 128, 4, 3, 8),
+    ("encode", "exact", "usual"): Tile(32, 64, 4, 2, 4),
+    ("decode", "native", "usual"): Tile(64, 128, 4, 2, 64),
+    ("decode", "native", "many latents"): Tile(128, 128, 8, 2, 64),
+    ("decode", "fast", "usual"): Tile(64, 128, 4, 2, 64),
+    ("decode", "fast", "many latents"): Tile(128, 128, 8, 2, 64),
+    ("decode", "exact", "usual"): Tile(64, 64, 4, 1, 64),
+    ("dz", "native", "usual"): Tile(64, 128, 4, 3, 4),
+    ("dz", "native", "many latents"): Tile(64, 128, 4, 3, 8),
+    ("dz", "fast", "usual"): Tile(64, 128, 4, 3, 2),
+    ("dz", "fast", "many latents"): Tile(64, 128, 4, 3, 8),
+    ("dz", "exact", "usual"): Tile(32, 64, 4, 2, 4),
+    ("dkv", "native", "usual"): Tile(64, 64, 4, 2, 3),
+    ("dkv", "native", "many latents"): Tile(64, 64, 4, 2, 16),
+    ("dkv", "fast", "usual"): Tile(64, 64, 4, 1, 2),
+    ("dkv", "fast", "many latents"): Tile(64, 64, 4, 1, 16),
+    ("dkv", "exact", "usual"): Tile(32, 32, 4, 1, 4),
+    ("dq", "native", "many latents"): Tile(64, 64, 4, 2, 8),
+    ("dq", "fast", "many latents"): Tile(64, 64, 4, 1, 8),
+    ("dq", "exact", "many latents"): Tile(32, 32, 4, 1, 8),
 }
+FEW_TOKENS = 4096  # in the batch; below, what counts is the number of steps one after another
 DQ_IN_REGISTERS = 256 * 16  # latents x columns; above, dq has a kernel of its own
 
 
@@ -91,10 +98,21 @@ def fuses_dq(shape: Shape) -> bool:
     return pow2(shape.m) * shape.width <= DQ_IN_REGISTERS
 
 
+def entry_for(kernel: str, shape: Shape) -> tuple[str, str, str]:
+    """The key of TABLE: sizes and precisions without an entry share that of a coarser class."""
+    many = kernel == "dq" or (not fuses_dq(shape) if kernel == "dkv" else shape.m > 256)
+    few = shape.b * shape.n <= FEW_TOKENS
+    sizes = ["many latents"] * many + ["few tokens"] * (few and not many) + ["usual"]
+    precisions = [shape.precision] + ["fast"] * (shape.precision == "exact")
+    keys = [(kernel, precision, size) for precision in precisions for size in sizes]
+    return next(key for key in keys if key in TABLE)
+
+
 def tile_for(kernel: str, shape: Shape) -> Tile:
-    large = kernel == "dq" or (not fuses_dq(shape) if kernel == "dkv" else shape.m > 256)
-    tile = TABLE[kernel, shape.precision != "native", large]
+    tile = TABLE[entry_for(kernel, shape)]
     latents = tile.latents if shape.width <= 32 else tile.latents // 2
+    if kernel == "dq":  # 64 rows, or Triton falls back from a warpgroup's products to a warp's
+        latents = tile.latents
     latents = min(latents, max(16, pow2(shape.m)))
     tokens = min(tile.tokens, max(16, pow2(shape.n)))
     # a warp owns 16 rows: fewer rows than that a warp make Triton compute the scores twice
