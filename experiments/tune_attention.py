@@ -108,14 +108,14 @@ FEATURES = [
 def variants(case):
     """[(kernel, Tile)] beside the table's choice; tokens, latents, warps, stages, waves."""
     f32, m = case.dtype == "float32", case.m
-    if case.small:
+    if case.small:  # waves 0: one split, and so no merge
         out = {
-            "encode": [Tile(128, 16, 1, 2, 0), Tile(64, 16, 1, 2, 0), Tile(128, 64, 4, 2, 0),
+            "encode": [Tile(64, 64, 4, 2, 0), Tile(64, 16, 1, 2, 0), Tile(128, 64, 4, 2, 0),
                        Tile(128, 64, 4, 2, 1), Tile(64, 16, 1, 2, 1)],
             "decode": [Tile(32, 64, 2, 1, 64), Tile(16, 64, 1, 1, 64), Tile(128, 64, 8, 1, 64)],
-            "dz": [Tile(128, 16, 1, 2, 0), Tile(64, 16, 1, 2, 0), Tile(128, 64, 4, 2, 0),
+            "dz": [Tile(64, 64, 4, 2, 0), Tile(64, 16, 1, 2, 0), Tile(128, 64, 4, 2, 0),
                    Tile(128, 64, 4, 2, 1)],
-            "dkv": [Tile(32, 64, 2, 1, 64), Tile(16, 64, 1, 1, 64), Tile(64, 32, 4, 1, 64)],
+            "dkv": [Tile(32, 64, 2, 1, 64), Tile(64, 64, 4, 1, 1)],
         }  # fmt: skip
     elif m <= 128:
         out = {
@@ -131,21 +131,28 @@ def variants(case):
             "dkv": [Tile(64, 64, 4, 1, 3), Tile(64, 64, 4, 2, 2), Tile(64, 64, 4, 2, 6),
                     Tile(64, 64, 4, 1, 12), Tile(128, 64, 8, 1, 2)],
         }  # fmt: skip
-        if f32:
-            out = {name: list_[:4] for name, list_ in out.items()}
-            out["dkv"] = [Tile(64, 64, 4, 1, 4), Tile(64, 64, 4, 2, 2), Tile(32, 64, 2, 1, 4)]
+        if f32:  # larger tiles spill
+            out = {
+                "encode": [Tile(64, 128, 4, 3, 4), Tile(64, 128, 4, 3, 8), Tile(64, 128, 4, 2, 4),
+                           Tile(32, 128, 4, 4, 4), *[Tile(64, 128, 8, 3, 4)] * (m == 128)],
+                "decode": [Tile(64, 128, 4, 2, 16), Tile(128, 128, 8, 2, 64),
+                           Tile(64, 128, 4, 3, 16), *[Tile(64, 64, 4, 2, 64)] * (m == 128)],
+                "dz": [Tile(64, 128, 4, 3, 4), Tile(64, 128, 4, 3, 8), Tile(64, 128, 4, 2, 4),
+                       *[Tile(64, 128, 8, 3, 4)] * (m == 128)],
+                "dkv": [Tile(64, 64, 4, 1, 4), Tile(64, 64, 4, 1, 8), Tile(64, 64, 4, 2, 2)],
+            }  # fmt: skip
     else:
         out = {
             "encode": [Tile(64, 128, 4, 3, 4), Tile(64, 128, 8, 3, 8), Tile(128, 128, 4, 3, 8),
                        Tile(64, 256, 8, 3, 8), Tile(64, 64, 4, 3, 8)],
             "decode": [Tile(64, 128, 4, 2, 64), Tile(128, 64, 8, 2, 64), Tile(128, 128, 4, 2, 64),
-                       Tile(64, 64, 4, 2, 64), Tile(64, 256, 4, 2, 64)],
+                       Tile(64, 64, 4, 2, 64)],
             "dz": [Tile(64, 128, 4, 3, 4), Tile(64, 128, 8, 3, 8), Tile(128, 128, 4, 3, 8),
                    Tile(64, 256, 8, 3, 8)],
-            "dkv": [Tile(64, 128, 4, 2, 16), Tile(128, 64, 8, 2, 16), Tile(64, 32, 4, 2, 16),
-                    Tile(64, 64, 4, 3, 16), Tile(64, 64, 4, 1, 16)],
-            "dq": [Tile(64, 128, 4, 2, 8), Tile(32, 128, 4, 2, 8), Tile(32, 64, 4, 2, 8),
-                   Tile(64, 128, 8, 2, 8), Tile(64, 64, 4, 3, 8)],
+            "dkv": [Tile(128, 64, 8, 2, 16), Tile(64, 32, 4, 2, 16), Tile(64, 64, 4, 3, 16),
+                    Tile(64, 64, 4, 1, 16)],
+            "dq": [Tile(32, 128, 4, 2, 8), Tile(64, 128, 8, 2, 8), Tile(64, 64, 4, 3, 8),
+                   Tile(32, 64, 4, 2, 8)],
         }  # fmt: skip
         if m > 1000:  # the sizes that M = 512 does not decide
             out = {name: list_[:3] for name, list_ in out.items()}
@@ -207,19 +214,15 @@ def handed_on(x, dtype):
 
 def kernel(name, x, scale=1.0):
     """One kernel (and its merge) on the operands x, as a dict of results."""
-    q, k, dtype = x["q"], x["k"], attention_backward.compute_dtype(x["k"].dtype)
+    q, k = x["q"], x["k"]
     if name == "encode":
         return dict(zip(("z", "lse_m"), attention.encode(q, k, x["v"], None, scale), strict=True))
     if name == "decode":
         results = attention_forward.decode(q, k, x["z"], None, scale, with_lse=True)
         return dict(zip(("y", "lse_n"), results, strict=True))
     if name == "dz":
-        parts, d1, tops = attention_backward._dz(q, k, None, x["y"], x["lse_n"], x["dy"], scale)
-        shape = attention_forward.describe(q, k, dtype)
-        out = attention_backward._merge_dz(shape, dtype, parts, tops, x["z"], x["lse_m"])
-        names = ("dz", "bdz", "d2", "bd2", "c", "wide")
-        out = dict(zip(names, out, strict=True), d1=d1)
-        return out | {"dz": out["dz"].reshape(x["z"].shape)}
+        rest = x["y"], x["lse_n"], x["dy"], scale, x["z"], x["lse_m"]
+        return attention_backward.dz_merged(q, k, None, *rest)
     dq, dk, dv = attention_backward.gradients("shared", scale, None, x)
     if name == "dq":  # what is not returned is not run
         return {"dq": dq}
@@ -380,8 +383,9 @@ def short(error):
 class Study:
     """Checks and times; collects the lines of the report."""
 
-    def __init__(self, clock, cases, features, ragged):
-        self.clock, self.cases, self.features, self.ragged = clock, cases, features, ragged
+    def __init__(self, clock, cases, features, smoke):
+        self.clock, self.cases, self.features, self.smoke = clock, cases, features, smoke
+        self.ragged = 70 if smoke else 66_001
         self.programs, self.rows, self.lines, self.wants = Programs(), [], [], {}
 
     # -- compiling, the most important first; what is late is not compiled
@@ -492,8 +496,8 @@ class Study:
         if self.clock.over():
             return None
         if case.small:
-            return median_ms(program, x, 1, 7) / CHAINED
-        return median_ms(program, x, 6, 5)
+            return median_ms(program, x, 1, 1 if self.smoke else 7) / CHAINED
+        return median_ms(program, x, *((1, 1) if self.smoke else (6, 5)))
 
     def run_kernel(self, case, x, name, tile, first):
         row = dict(case=case.name(), kernel=name, tile=show(tile), table=first, ms=None, note="")
@@ -589,7 +593,7 @@ def main():
     if args.smoke:
         global CHAINED
         CHAINED = 2
-    study = Study(clock, cases, features, 66_001 if not args.smoke else 70)
+    study = Study(clock, cases, features, args.smoke)
     study.lower()
     print(f"# {len(study.programs.futures)} programs compiled in {clock.now():.0f} s", flush=True)
     for case in cases:

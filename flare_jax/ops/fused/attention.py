@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from flare_jax.ops.fused.attention_backward import (
-    _dz,
-    _merge_dz,
-    compute_dtype,
-    describe,
+    dz_merged,
+    dz_parts,
     gradients,
 )
 from flare_jax.ops.fused.attention_forward import decode as _decode
@@ -68,7 +66,7 @@ def encode_vjp(q, k, v, mask, scale, z, lse, dz, dlse=None):
 def decode_vjp(q, k, z, mask, scale, dy):
     """dq, dk, dz."""
     y, lse_n = _decode(q, k, z, mask, scale, with_lse=True)
-    parts, d1, _ = _dz(q, k, mask, y, lse_n, dy, scale)
+    parts, d1 = dz_parts(q, k, mask, y, lse_n, dy, scale)
     arrays = {"q": q, "k": k, "dy": dy, "z": z, "lse_n": lse_n, "d1": d1}
     dq, dk = gradients("decode", scale, mask, arrays)
     return dq, dk, jnp.sum(parts, axis=1).reshape(z.shape)
@@ -84,9 +82,6 @@ def attention_fwd(q, k, v, mask, scale):
 def attention_bwd(scale, residuals, dy):
     """dq, dk, dv in two passes over the tokens, one exponential a score each."""
     q, k, v, mask, z, lse, y, lse_n = residuals
-    parts, d1, tops = _dz(q, k, mask, y, lse_n, dy, scale)
-    dtype = compute_dtype(k.dtype)
-    dz, bdz, d2, bd2, c, wide = _merge_dz(describe(q, k, dtype), dtype, parts, tops, z, lse)
-    arrays = {"q": q, "k": k, "dy": dy, "z": z, "lse_n": lse_n, "d1": d1, "v": v, "d2": d2}
-    arrays |= {"dz": dz.reshape(z.shape), "lse_m": lse, "bdz": bdz, "bd2": bd2, "c": c}
-    return gradients("shared", scale, mask, arrays | {"wide": wide})
+    arrays = {"q": q, "k": k, "dy": dy, "z": z, "lse_n": lse_n, "v": v, "lse_m": lse}
+    arrays |= dz_merged(q, k, mask, y, lse_n, dy, scale, z, lse)
+    return gradients("shared", scale, mask, arrays)

@@ -82,11 +82,14 @@ def compute_dtype(dtype):
     return jnp.float32 if dtype == jnp.float16 else dtype
 
 
-def _dz_kernel(*refs, shape, tile, tiles, blocks, scale2, masked):
-    """One (latent block, head group, split): partial dz, d1 of its tokens, largest L'."""
+def _dz_kernel(*refs, shape, tile, tiles, blocks, scale2, masked, final):
+    """One (latent block, head group, split): partial dz, d1 of its tokens, largest L'.
+
+    `final`: there is one split, and so no merge but what `_finish_dz` does.
+    """
     q_ref, k_ref, dy_ref, y_ref, lse_ref, *refs = refs
     mask_ref, *refs = refs if masked else (None, *refs)
-    dz_ref, d1_ref, top_ref = refs
+    *latent_refs, d1_ref = refs
     index = pl.program_id(0)
     first = lax.div(index, shape.groups * blocks) * tiles
     start = lax.rem(lax.div(index, shape.groups), blocks) * tile.latents
@@ -117,6 +120,10 @@ def _dz_kernel(*refs, shape, tile, tiles, blocks, scale2, masked):
     zeros = jnp.zeros((tile.latents, shape.width), jnp.float32)
     lowest = jnp.full((tile.tokens,), NEG, jnp.float32)
     dz, tops = lax.fori_loop(first, last, body, (zeros, (lowest,) * shape.group))
+    if final:
+        _finish_dz(dz, [jnp.max(top) for top in tops], start, latent_refs, shape)
+        return
+    dz_ref, top_ref = latent_refs
     store_rows(dz_ref, start, dz, start + jnp.arange(tile.latents) < shape.m)
     for i in heads:
         top_ref[i] = jnp.max(tops[i])
@@ -134,15 +141,10 @@ def finite_lse(ref, start, size, head, m):
 
 
 def _merge_dz_kernel(*refs, shape, splits, rows, chunk):
-    """Some latents of one head group: dz over all splits, d2, both times b, c and "wide".
-
-    Wide is 1 where the spread of a head forbids a and b: they are zero then, b here and a by a
-    huge c, and so "shared" is "decode".
-    d2 is that of dz as stored: then sum_n P (v.dz - d2) is zero, whatever dz is rounded to.
-    """
-    part_ref, top_ref, z_ref, lse_ref, dz_ref, bdz_ref, d2_ref, bd2_ref, c_ref, wide_ref = refs
+    """Some latents of one head group: dz over all splits and what follows from it."""
+    part_ref, top_ref, *refs = refs
     start = lax.div(pl.program_id(0), shape.groups) * rows
-    live = start + jnp.arange(rows) < shape.m
+    live, size = start + jnp.arange(rows) < shape.m, pow2(splits)
 
     def body(i, dz):
         split = i * chunk + jnp.arange(chunk) < splits
@@ -151,30 +153,42 @@ def _merge_dz_kernel(*refs, shape, splits, rows, chunk):
         part = plgpu.load(at, mask=jnp.broadcast_to(mask, (chunk, rows, shape.width)), other=0.0)
         return dz + jnp.sum(part, axis=0)
 
+    def highest(i):
+        at = top_ref.at[pl.ds(0 * start, size), pl.ds(i, 1)]
+        return jnp.max(plgpu.load(at, mask=(jnp.arange(size) < splits)[:, None], other=NEG))
+
     zeros = jnp.zeros((rows, shape.width), jnp.float32)
     dz = lax.fori_loop(0, pl.cdiv(splits, chunk), body, zeros)
+    _finish_dz(dz, [highest(i) for i in range(shape.group)], start, refs, shape)
+
+
+def _finish_dz(dz, tops, start, refs, shape):
+    """Stores dz of some latents, d2, both times b, and c and "wide" of the group.
+
+    Wide is 1 where the spread of a head forbids a and b: they are zero then, b here and a by a
+    huge c, and so "shared" is "decode".
+    d2 is that of dz as stored: then sum_n P (v.dz - d2) is zero, whatever dz is rounded to.
+    """
+    z_ref, lse_ref, dz_ref, bdz_ref, d2_ref, bd2_ref, c_ref, wide_ref = refs
+    rows, latents = dz.shape[0], jnp.arange(pow2(shape.m))
+    live = start + jnp.arange(rows) < shape.m
     z = load_rows(z_ref, start, rows, live)
     d2_of = lambda dz: jnp.sum(dz.astype(dz_ref.dtype).astype(jnp.float32) * z, axis=1)
-    latents, size, heads = jnp.arange(pow2(shape.m)), pow2(splits), range(shape.group)
 
     def lowest(i):
         lse = finite_lse(lse_ref, 0 * start, pow2(shape.m), i, shape.m)
         return jnp.min(jnp.where(latents < shape.m, lse, -NEG))
 
-    def highest(i):
-        at = top_ref.at[pl.ds(0 * start, size), pl.ds(i, 1)]
-        return jnp.max(plgpu.load(at, mask=(jnp.arange(size) < splits)[:, None], other=NEG))
-
-    cs = [lowest(i) for i in heads]
-    wide = functools.reduce(jnp.maximum, [highest(i) - cs[i] for i in heads]) > SPREAD
-    bdz = zeros
-    for i in heads:
-        b = exp2(cs[i] - finite_lse(lse_ref, start, rows, i, shape.m))
-        mine, b = own(dz, i, shape), jnp.where(wide, 0.0, b)
+    cs = [lowest(i) for i in range(shape.group)]
+    wide = functools.reduce(jnp.maximum, [x - c for x, c in zip(tops, cs, strict=True)]) > SPREAD
+    bdz = jnp.zeros_like(dz)
+    for i, c in enumerate(cs):
+        b = jnp.where(wide, 0.0, exp2(c - finite_lse(lse_ref, start, rows, i, shape.m)))
+        mine = own(dz, i, shape)
         store_column(d2_ref, start, i, d2_of(mine), shape.m)
         store_column(bd2_ref, start, i, d2_of(mine * b[:, None]), shape.m)
         bdz += mine * b[:, None]
-        c_ref[i] = jnp.where(wide, -NEG, cs[i])
+        c_ref[i] = jnp.where(wide, -NEG, c)
         wide_ref[i] = wide.astype(jnp.float32)
     store_rows(dz_ref, start, dz, live)
     store_rows(bdz_ref, start, bdz, live)
@@ -377,9 +391,24 @@ def _dq_kernel(*refs, shape, tile, tiles, blocks, scale, mode, masked):
     store_rows(x.outputs[0], start, dq, start + jnp.arange(tile.latents) < shape.m)
 
 
-def _dz(q, k, mask, y, lse_n, dy, scale):
-    """Partial dz [B, splits, M, C], d1 [B, H, N] and the largest L' [B, splits, H]."""
-    shape = describe(q, k, compute_dtype(k.dtype))
+def dz_parts(q, k, mask, y, lse_n, dy, scale):
+    """Partial dz [B, splits, M, C] and d1 [B, H, N]."""
+    (parts, _), d1 = _dz(q, k, mask, y, lse_n, dy, scale)
+    return parts, d1
+
+
+def dz_merged(q, k, mask, y, lse_n, dy, scale, z, lse):
+    """By name: dz [B, M, H, D], b dz, d2, b d2, c, whether both exponentials are needed; and d1."""
+    out, d1 = _dz(q, k, mask, y, lse_n, dy, scale, (flat(z), lse))
+    names = ("dz", "bdz", "d2", "bd2", "c", "wide")
+    out = dict(zip(names, out, strict=True), d1=d1)
+    return out | {"dz": out["dz"].reshape(z.shape)}
+
+
+def _dz(q, k, mask, y, lse_n, dy, scale, encoded=None):
+    """(partial dz and the largest L' [B, splits, H], d1); given z and L_m what `_finish_dz` has."""
+    dtype = compute_dtype(k.dtype)
+    shape = describe(q, k, dtype)
     tile = tile_for("dz", shape)
     blocks = pl.cdiv(shape.m, tile.latents)
     splits, tiles = splits_for(shape, tile, shape.groups * blocks * shape.b)
@@ -390,7 +419,20 @@ def _dz(q, k, mask, y, lse_n, dy, scale):
         (None, None, shape.group), lambda i, b: (b, split_of(i), specs.group(i))
     )
     f32 = lambda *sizes: jax.ShapeDtypeStruct((shape.b, *sizes), jnp.float32)
-    return pallas_call(
+    latents, stats = specs.latents(), specs.latent_stats()
+    final = encoded is not None and splits == 1
+    finished = dict(
+        out_specs=[latents, latents, stats, stats, specs.head(), specs.head()],
+        out_shape=[jax.ShapeDtypeStruct(f32(shape.m, shape.h * shape.d).shape, dtype)] * 2
+        + [f32(shape.m, shape.h)] * 2
+        + [f32(shape.h)] * 2,
+    )
+    partial = dict(
+        out_specs=[specs.split(shape.width, split_of), top_spec],
+        out_shape=[f32(splits, shape.m, shape.h * shape.d), f32(splits, shape.h)],
+    )
+    outputs = finished if final else partial
+    *out, d1 = pallas_call(
         functools.partial(
             _dz_kernel,
             shape=shape,
@@ -399,6 +441,7 @@ def _dz(q, k, mask, y, lse_n, dy, scale):
             blocks=blocks,
             scale2=scale * LOG2E,
             masked=mask is not None,
+            final=final,
         ),
         name="flare_dz",
         grid=(shape.groups * blocks * splits, shape.b),
@@ -407,40 +450,33 @@ def _dz(q, k, mask, y, lse_n, dy, scale):
             *[specs.tokens()] * 3,
             specs.token_stats(),
             *mask_specs,
+            *[latents, stats] * final,
         ],
-        out_specs=[specs.split(shape.width, split_of), specs.token_stats(), top_spec],
-        out_shape=[
-            f32(splits, shape.m, shape.h * shape.d),
-            f32(shape.h, shape.n),
-            f32(splits, shape.h),
-        ],
+        out_specs=[*outputs["out_specs"], specs.token_stats()],
+        out_shape=[*outputs["out_shape"], f32(shape.h, shape.n)],
         warps=tile.warps,
         stages=tile.stages,
-    )(flat(q), flat(k), flat(dy), flat(y), lse_n, *masks)
-
-
-def _merge_dz(shape, dtype, parts, tops, z, lse):
-    """dz, b dz (in `dtype`), d2, b d2, c and whether both exponentials are needed (0 or 1)."""
-    splits, rows = parts.shape[1], min(8, pow2(shape.m))
-    specs = Specs(shape)
-    head = pl.BlockSpec((None, shape.group), lambda i, b: (b, specs.group(i)))
-    tops_spec = pl.BlockSpec((None, splits, shape.group), lambda i, b: (b, 0, specs.group(i)))
-    wide = jax.ShapeDtypeStruct((shape.b, shape.m, shape.h * shape.d), dtype)
-    thin = jax.ShapeDtypeStruct((shape.b, shape.m, shape.h), jnp.float32)
-    scalar = jax.ShapeDtypeStruct((shape.b, shape.h), jnp.float32)
-    latents, stats = specs.latents(), specs.latent_stats()
-    return pallas_call(
+    )(flat(q), flat(k), flat(dy), flat(y), lse_n, *masks, *(encoded if final else ()))
+    if final or encoded is None:
+        return out, d1
+    rows = min(8, pow2(shape.m))
+    out = pallas_call(
         functools.partial(
             _merge_dz_kernel, shape=shape, splits=splits, rows=rows, chunk=min(32, pow2(splits))
         ),
         name="flare_dz_merge",
         grid=(shape.groups * pl.cdiv(shape.m, rows), shape.b),
-        in_specs=[specs.splits(shape.width, splits), tops_spec, latents, stats],
-        out_specs=[latents, latents, stats, stats, head, head],
-        out_shape=[wide, wide, thin, thin, scalar, scalar],
+        in_specs=[
+            specs.splits(shape.width, splits),
+            specs.head(splits),
+            latents,
+            stats,
+        ],
         warps=4,
         stages=2,
-    )(parts, tops, flat(z), lse)
+        **finished,
+    )(*out, *encoded)
+    return out, d1
 
 
 def gradients(mode, scale, mask, arrays):
@@ -449,8 +485,7 @@ def gradients(mode, scale, mask, arrays):
     shape = describe(q, k, compute_dtype(k.dtype))
     specs = Specs(shape)
     masks, mask_specs = mask_operand(mask, specs)
-    head = pl.BlockSpec((None, shape.group), lambda i, b: (b, specs.group(i)))
-    kinds = {"q": specs.queries(), "c": head, "wide": head}
+    kinds = {"q": specs.queries(), "c": specs.head(), "wide": specs.head()}
     kinds |= dict.fromkeys(("k", "v", "dy"), specs.tokens())
     kinds |= dict.fromkeys(("z", "dz", "bdz"), specs.latents())
     kinds |= dict.fromkeys(("lse_m", "d2", "bd2"), specs.latent_stats())

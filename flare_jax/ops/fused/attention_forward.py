@@ -303,6 +303,11 @@ class Specs:
             (None, self.shape.m, self.shape.group), lambda i, b: (b, 0, self.group(i))
         )
 
+    def head(self, *sizes):  # [B, *sizes, H]
+        return pl.BlockSpec(
+            (None, *sizes, self.shape.group), lambda i, b: (b, *[0] * len(sizes), self.group(i))
+        )
+
     def split(self, width, split_of):  # one of [B, splits, M, groups * width]
         block = (None, None, self.shape.m, width)
         return pl.BlockSpec(block, lambda i, b: (b, split_of(i), 0, self.group(i)))
