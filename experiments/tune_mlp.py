@@ -216,7 +216,7 @@ def check_features(report):
     _, other, _, _ = inputs(3001, 64, BF16, seed=1)
 
     def pair(x, both, norm):
-        return sum(o.astype(F32) for o in mlp.residual_mlp_pair(x, *both, norm=norm))
+        return sum(o.astype(F32) for o in mlp.residual_mlps(x, both, norm=norm))
 
     def two(x, both, norm):
         return sum(mlp.residual_mlp(x, w, norm=norm).astype(F32) for w in both)

@@ -116,7 +116,7 @@ def test_pair_equals_two(with_norm):
     norm = norm if with_norm else None
 
     def pair(x, layers_k, layers_v, norm):
-        return mlp.residual_mlp_pair(x, layers_k, layers_v, norm=norm, plan=PLAN, interpret=True)
+        return mlp.residual_mlps(x, (layers_k, layers_v), norm=norm, plan=PLAN, interpret=True)
 
     def singles(x, layers_k, layers_v, norm):
         return reference(x, layers_k, norm=norm), reference(x, layers_v, norm=norm)

@@ -513,24 +513,6 @@ def _needs_gpu() -> None:
         )
 
 
-def _run(x, sets, act, norm, skip, epsilon, plan, precision, interpret):
-    precision = precision or dot_precision(x.dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    spec = Spec(
-        layers=len(sets[0]),
-        act=act,
-        precision=precision,
-        skip=skip,
-        normed=norm is not None,
-        epsilon=epsilon,
-        interpret=interpreted() if interpret is None else interpret,
-        plan=plan or plan_for(flat.shape[0], flat.shape[1], precision),
-    )
-    sets = tuple(tuple((w, b) for w, b in layers) for layers in sets)
-    outs = _mlps(spec, flat, () if norm is None else tuple(norm), sets)
-    return tuple(out.reshape(x.shape) for out in outs)
-
-
 def residual_mlp(
     x: jax.Array,
     layers: Layers,
@@ -549,21 +531,44 @@ def residual_mlp(
     norm: (scale, bias) of a LayerNorm in front, with `epsilon`. skip: add x, before the norm.
     plan, precision: block sizes and kind of dot, else from the table and the dtype.
     """
-    return _run(x, (layers,), act, norm, skip, epsilon, plan, precision, interpret)[0]
+    return residual_mlps(
+        x,
+        (layers,),
+        act=act,
+        norm=norm,
+        skip=skip,
+        epsilon=epsilon,
+        plan=plan,
+        precision=precision,
+        interpret=interpret,
+    )[0]
 
 
-def residual_mlp_pair(
+def residual_mlps(
     x: jax.Array,
-    layers_k: Layers,
-    layers_v: Layers,
+    sets: Sequence[Layers],
     *,
     act: str = "gelu",
     norm: tuple[jax.Array, jax.Array] | None = None,
+    skip: bool = False,
     epsilon: float = 1e-5,
     plan: Plan | None = None,
     precision: str | None = None,
     interpret: bool | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """(k, v): two MLPs of equal depth on the same x, and one gradient of x."""
-    sets = (layers_k, layers_v)
-    return _run(x, sets, act, norm, False, epsilon, plan, precision, interpret)
+) -> tuple[jax.Array, ...]:
+    """Several MLPs of equal depth on the same x, and one gradient of x: see `residual_mlp`."""
+    precision = precision or dot_precision(x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    spec = Spec(
+        layers=len(sets[0]),
+        act=act,
+        precision=precision,
+        skip=skip,
+        normed=norm is not None,
+        epsilon=epsilon,
+        interpret=interpreted() if interpret is None else interpret,
+        plan=plan or plan_for(flat.shape[0], flat.shape[1], precision),
+    )
+    sets = tuple(tuple((w, b) for w, b in layers) for layers in sets)
+    outs = _mlps(spec, flat, () if norm is None else tuple(norm), sets)
+    return tuple(out.reshape(x.shape) for out in outs)
