@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from flare_jax.models.layers import ACTIVATIONS, ResidualMLP, linear, norm
+from flare_jax.models.layers import ACTIVATIONS, ResidualMLP, linear, norm, residual_mlps
 from flare_jax.ops.flare import IMPLEMENTATIONS, flare_attention
 
 
@@ -38,7 +38,7 @@ class FLAREConfig:
     act: str = "gelu"  # activation: gelu (tanh form) or silu
     remat: bool = False  # recompute each block in the backward pass: less memory, more time
     scan_blocks: bool = False  # stack the blocks' parameters and scan over them: compiles faster
-    implementation: str | None = None  # of the operator; None: the best that applies
+    implementation: str | None = None  # of operator and MLPs; None: the best that applies
 
     def __post_init__(self):
         for name in ("channel_dim", "num_blocks", "num_latents"):
@@ -65,7 +65,10 @@ class FLAREConfig:
 
 
 class FLAREMixer(nnx.Module):
-    """Mixes tokens through learned latent queries: out_proj(flare_attention(q, K(x), V(x)))."""
+    """Mixes tokens through learned latent queries: out_proj(flare_attention(q, K(x), V(x))).
+
+    With a `norm`, of norm(x) instead of x.
+    """
 
     def __init__(self, config: FLAREConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         c, self.config = config.channel_dim, config
@@ -79,14 +82,18 @@ class FLAREMixer(nnx.Module):
         self.out_proj = linear(c, c, dtype, rngs)
 
     def __call__(
-        self, x: Float[Array, "B N C"], mask: Bool[Array, "B N"] | None = None
+        self,
+        x: Float[Array, "B N C"],
+        mask: Bool[Array, "B N"] | None = None,
+        norm: nnx.Module | None = None,
     ) -> Float[Array, "B N C"]:
         q = self.latent_q[...].astype(x.dtype)  # [M, H, D]
-        heads = lambda x: x.reshape(*x.shape[:2], *q.shape[1:])  # [B, N, H, D]
-        k, v = heads(self.k_proj(x)), heads(self.v_proj(x))
+        projections, implementation = (self.k_proj, self.v_proj), self.config.implementation
+        k, v = residual_mlps(x, projections, norm=norm, implementation=implementation)
+        k, v = (y.reshape(*y.shape[:2], *q.shape[1:]) for y in (k, v))  # [B, N, H, D]
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        scale, implementation = self.config.attn_scale, self.config.implementation
+        scale = self.config.attn_scale
         y = flare_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
         return self.out_proj(y.reshape(x.shape))
 
@@ -99,12 +106,14 @@ class FLAREBlock(nnx.Module):
         self.att = FLAREMixer(config, dtype=dtype, rngs=rngs)
         self.norm2 = norm(config.channel_dim, config.rmsnorm, dtype, rngs)
         self.mlp = residual_mlp(config, "ffn", dtype, rngs)
+        self.implementation = config.implementation
 
     def __call__(
         self, x: Float[Array, "B N C"], mask: Bool[Array, "B N"] | None = None
     ) -> Float[Array, "B N C"]:
-        x = x + self.att(self.norm1(x), mask)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.att(x, mask, norm=self.norm1)
+        options = dict(norm=self.norm2, skip=True, implementation=self.implementation)
+        return residual_mlps(x, [self.mlp], **options)[0]
 
 
 class OutputProjection(nnx.Module):

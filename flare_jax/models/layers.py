@@ -1,11 +1,14 @@
 """Layers that FLARE is made of, with the initial values and epsilons of the reference."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from flare_jax.ops.fused import mlp as kernels
 
 ACTIVATIONS = {"gelu": functools.partial(jax.nn.gelu, approximate=True), "silu": jax.nn.silu}
 
@@ -71,3 +74,46 @@ class ResidualMLP(nnx.Module):
         for fc in self.fcs:
             x = x + act(fc(x))
         return x + self.fc2(x) if self.output_residual else self.fc2(x)
+
+    def chain(self) -> list[tuple[jax.Array, jax.Array]]:
+        """(kernel, bias) of each layer, if every layer has a residual; else none."""
+        if hasattr(self, "fc") or not (self.input_residual and self.output_residual):
+            return []
+        return [(fc.kernel[...], fc.bias[...]) for fc in (self.fc1, *self.fcs, self.fc2)]
+
+
+def residual_mlps(
+    x: Float[Array, "B N C"],
+    mlps: Sequence[ResidualMLP],
+    *,
+    norm: nnx.Module | None = None,
+    skip: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B N C"], ...]:
+    """mlp(norm x) for each of `mlps`, plus x with `skip`.
+
+    One GPU kernel each way where it applies and `implementation` is None or "fused": the chain of
+    layers then stays on the chip, and only x is kept for the backward pass.
+    """
+    fuse_norm = isinstance(norm, nnx.LayerNorm)
+    y = x if norm is None or fuse_norm else norm(x)
+    sets = [mlp.chain() for mlp in mlps]
+    if implementation in (None, "fused") and fits(y, sets, mlps[0].act):
+        scale_and_bias = (norm.scale[...], norm.bias[...]) if fuse_norm else None
+        skipped = skip and (fuse_norm or norm is None)  # the kernel's own input
+        out = kernels.residual_mlps(y, sets, act=mlps[0].act, norm=scale_and_bias, skip=skipped)
+        return tuple(x + o for o in out) if skip and not skipped else out
+    y = norm(x) if fuse_norm else y
+    return tuple(x + mlp(y) if skip else mlp(y) for mlp in mlps)
+
+
+def fits(x, sets, act: str) -> bool:
+    """Whether the kernels take these layers here."""
+    if not sets[0] or len({len(layers) for layers in sets}) > 1:
+        return False
+    try:
+        for layers in sets:
+            kernels.supports(x, layers, act)
+    except NotImplementedError:
+        return False
+    return True

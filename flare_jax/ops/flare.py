@@ -21,9 +21,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from flare_jax.ops import cudnn, reference, xla
+from flare_jax.ops.fused import attention as fused
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"cudnn": cudnn, "xla": xla, "reference": reference}
-DEFAULT = ("cudnn", "xla")  # the first that supports the arguments; xla supports all
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "fused": fused,
+    "cudnn": cudnn,
+    "xla": xla,
+    "reference": reference,
+}
+DEFAULT = ("fused", "cudnn", "xla")  # the first that supports the arguments; xla supports all
 
 
 def flare_attention(

@@ -163,3 +163,32 @@ def test_wrong_input_width_is_named(small):
     apply, params = small
     with pytest.raises(ValueError, match=r"x must be \[B, N, 3\], got shape \(1, 5, 2\)"):
         apply(params, jnp.ones((1, 5, 2)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"rmsnorm": True, "num_layers_v_proj": 1, "scan_blocks": True},
+        {"num_layers_ffn": -1, "qk_norm": True, "remat": True},
+    ],
+)
+def test_kernels_change_nothing(monkeypatch, change):
+    """The model on the fused kernels against the model on plain XLA, two seeds by vmap."""
+    if jax.default_backend() != "gpu":
+        monkeypatch.setenv("FLARE_JAX_INTERPRET", "1")
+    config = FLAREConfig(channel_dim=32, num_blocks=1, num_latents=8, **change)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 20, 3)), jnp.float32)
+    mask = jnp.arange(20)[None] < jnp.array([[20], [13]])
+    found = {}
+    for name in ("fused", "xla"):
+        same = dataclasses.replace(config, implementation=name)
+        models = [functional(FLAREModel(same, 3, 1, rngs=nnx.Rngs(seed))) for seed in (0, 1)]
+        apply = models[0][0]
+        loss = lambda p, apply=apply: jnp.sum(jnp.where(mask[..., None], apply(p, x, mask), 0) ** 2)
+        params = jax.tree.map(lambda *a: jnp.stack(a), *[p for _, p in models])
+        step = jax.jit(jax.vmap(jax.value_and_grad(loss)))
+        assert ("flare_mlp" in str(jax.make_jaxpr(step)(params))) == (name == "fused")
+        found[name] = jax.tree.leaves_with_path(step(params))
+    for (path, got), (_, want) in zip(found["fused"], found["xla"], strict=True):
+        assert relative(got, want, 1e-6) <= 2e-5, jax.tree_util.keystr(path)

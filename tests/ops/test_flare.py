@@ -11,11 +11,13 @@ from jax.test_util import check_grads
 
 from flare_jax import flare_attention, flare_decode, flare_encode
 from flare_jax.ops import flare, xla
+from flare_jax.ops.fused import tiles
 
 NAMES = ("y", "dq", "dk", "dv")
 IMPLEMENTATIONS = [
     "reference",
     "xla",
+    "fused",  # in interpret mode unless there is a GPU
     pytest.param("cudnn", marks=pytest.mark.gpu),
 ]
 # name: (B, N, M, H, D, masked)
@@ -35,6 +37,16 @@ def small_tiles(monkeypatch):
     """Makes the xla implementation walk over several tiles, the last one ragged."""
     monkeypatch.setattr(xla, "SCORES_PER_TILE", 1)
     monkeypatch.setattr(xla, "MIN_TILE", 16)
+
+
+@pytest.fixture(autouse=True)
+def interpret(request, monkeypatch):
+    """Lets the kernels run on a CPU where a test asks for them, several splits of few tokens."""
+    params = getattr(request.node, "callspec", None)
+    if params and params.params.get("implementation") == "fused":
+        if jax.default_backend() != "gpu":
+            monkeypatch.setenv("FLARE_JAX_INTERPRET", "1")
+        monkeypatch.setattr(tiles, "multiprocessors", lambda: 2)
 
 
 def inputs(case, dtype=np.float32, seed=0):
@@ -95,11 +107,13 @@ def test_matches_the_dense_equations(implementation, case, dtype):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", ["operator_d4", "operator_d8"])
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "fused"])
 def test_matches_the_authors_code(golden, implementation, name, dtype):
     g = golden(name)
     tokens = lambda x: jnp.asarray(np.swapaxes(x, -3, -2), dtype)  # heads first -> tokens first
-    with jax.enable_x64(True):
+    if (implementation, dtype) == ("fused", "float64"):
+        pytest.skip("the kernels take no float64")
+    with jax.enable_x64(dtype == "float64"):
         q, k, v, dy = (tokens(g[x]) for x in ("q", "k", "v", "dy"))
         scale = float(g["scale"])
         z, _ = flare_encode(q, k, v, scale=scale, implementation=implementation)
@@ -146,7 +160,7 @@ def test_padding_is_invisible(implementation):
         assert not np.any(np.asarray(x[:, 40:], np.float32))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "fused"])
 def test_parts_merge_by_log_sum_exp(implementation):
     q, k, v, _, _ = inputs("plain")
 
@@ -172,7 +186,7 @@ def test_a_constant_field_stays_constant():
     np.testing.assert_allclose(flare_attention(q, k, jnp.ones_like(v)), 1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "fused"])
 def test_vmap_scan_and_remat_change_nothing(implementation):
     q, k, v, _, _ = inputs("ragged")
     f = functools.partial(flare_attention, implementation=implementation)
@@ -218,7 +232,7 @@ def test_lowers_for_tpu_without_one():
     assert "dot_general" in text and "custom_call" not in text
 
 
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("cudnn", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 def test_two_runs_give_the_same_bits(implementation):
     args = inputs("plain", "bfloat16")
     for x, y in zip(*(value_and_gradients(*args, implementation) for _ in range(2)), strict=True):
