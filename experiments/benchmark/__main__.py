@@ -26,28 +26,29 @@ from pathlib import Path
 
 import jax
 
-from experiments.benchmark import layer, operator, training
-from experiments.benchmark.measure import Row, ceilings, compile_all
+from experiments.benchmark import layer, measure, operator, training
+from experiments.benchmark.measure import Row
 from flare_jax.models import FLAREConfig
 
 PARTS = ("operator", "layer", "model", "step")
 COMPILE_SHARE = 0.5  # of the budget, at most
 HEAD = "part", "case", "implementation", "error y", "grad", "forward ms", "ms", "peak GB"
-LINE = "{:8s} {:44s} {:21s} {:>7s} {:>7s} {:>10s} {:>9s} {:>7s} {:>11s} {:>11s}  {}"
+LINE = "{:8s} {:46s} {:21s} {:>7s} {:>7s} {:>10s} {:>9s} {:>7s} {:>11s} {:>11s}  {}"
 
 
 def main(arguments=None) -> list[dict]:
     args = parse(arguments)
     began = time.perf_counter()
+    measure.TIMING_SECONDS = 0.05 if args.smoke else 0.5
     rows = make_rows(args)
     order = sorted(rows, key=lambda row: row.rank)
-    compile_all(order, min(16, os.cpu_count() or 1), COMPILE_SHARE * args.budget)
-    limits = ceilings(args.smoke)
+    measure.compile_all(order, min(16, os.cpu_count() or 1), COMPILE_SHARE * args.budget)
+    limits = measure.ceilings(args.smoke)
     compiled = time.perf_counter() - began
     results = {}
     for row in order:
         late = time.perf_counter() - began > args.budget
-        results[id(row)] = {"skipped": "no time left"} if late else measure(row)
+        results[id(row)] = {"skipped": "no time left"} if late else fill_in(row)
         release()
         print(line(row, finish(row, results[id(row)], limits)), file=sys.stderr, flush=True)
     record = [finish(row, results[id(row)], limits) for row in rows]
@@ -63,11 +64,12 @@ def parse(arguments) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--tokens", type=int, help="of operator, layer and model")
     parser.add_argument("--sizes", nargs="+", help="C,M of the operator")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="operator's")
+    parser.add_argument("--dtypes", nargs="+", help="of the operator")
     parser.add_argument("--budget", type=float, default=240, help="seconds; then rows are skipped")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--smoke", action="store_true", help="a tiny configuration")
     args = parser.parse_args(arguments)
+    args.dtypes = args.dtypes or (["float32"] if args.smoke else ["bfloat16", "float32"])
     many = ["16,8"] if args.smoke else ["64,64", "128,128", "128,512", "128,2048"]
     args.sizes = [tuple(map(int, size.split(","))) for size in args.sizes or many]
     return args
@@ -79,7 +81,8 @@ def make_rows(args) -> list[Row]:
     sizes = ((16, 8),) if args.smoke else layer.SIZES
     cases = training.paper_cases(args.tokens or 1_000_000)
     if args.smoke:
-        tiny = FLAREConfig(channel_dim=16, num_blocks=1, num_heads=2, num_latents=8)
+        shallow = dict(num_layers_k_proj=0, num_layers_v_proj=0, num_layers_ffn=0)
+        tiny = FLAREConfig(16, num_blocks=1, num_heads=2, num_latents=8, **shallow)
         options = dict(batch=2, dtype="float32", length=2, seeds=2)
         cases = [training.Case("model", tiny, n, 3), training.Case("tiny", tiny, 64, 2, **options)]
     rows = {
@@ -91,7 +94,7 @@ def make_rows(args) -> list[Row]:
     return [row for part in args.parts for row in rows[part]()]
 
 
-def measure(row: Row) -> dict:
+def fill_in(row: Row) -> dict:
     """The row's numbers, or the reason why there are none."""
     try:
         return row.measure()
@@ -121,23 +124,26 @@ def finish(row: Row, result: dict, limits: dict) -> dict:
 
 
 def line(row: Row, record: dict) -> str:
-    number = lambda key, scale=1.0, form=".3f": (
-        format(record[key] / scale, form) if key in record else ""
-    )
-    share = lambda key: (
-        f"{number(key, 1e12)} {number('share_of_' + key, 0.01, '3.0f')}%" if key in record else ""
-    )
-    y, *rest = record.get("error", {"": None}).values()
-    short = lambda x: "" if x is None else f"{x:.1e}"
-    case = dict(row.labels)
-    head = [case.pop("problem", "")] + [case.pop("dtype")]
-    label = " ".join(filter(None, head)) + "".join(
-        f" {k}={v}" for k, v in case.items() if v != 1 or k not in ("B", "seeds")
-    )
-    columns = [row.part, label, row.name, short(y), short(max(rest, default=None))]
-    columns += [number("forward_ms"), number("ms"), number("peak_bytes", 1e9, ".2f")]
-    columns += [share("bytes_per_s"), share("exps_per_s")]
+    """One line of the table."""
+    found = dict(record.get("error", {}))
+    y, gradient = found.pop("y", None), max(found.values(), default=None)
+    columns = [row.part, label(row), row.name]
+    columns += ["" if error is None else f"{error:.1e}" for error in (y, gradient)]
+    for key, unit, form in (("forward_ms", 1, ".3f"), ("ms", 1, ".3f"), ("peak_bytes", 1e9, ".2f")):
+        columns.append(format(record[key] / unit, form) if key in record else "")
+    for key in ("bytes_per_s", "exps_per_s"):
+        share = 100 * record.get(f"share_of_{key}", 0)
+        columns.append(f"{record[key] / 1e12:.3f} {share:3.0f}%" if key in record else "")
     return LINE.format(*columns, record.get("skipped", "")[:90]).rstrip()
+
+
+def label(row: Row) -> str:
+    """What the row is of: `elasticity float32 C=64 M=64 H=8 N=972 B=2`."""
+    words = [str(row.labels[key]) for key in ("problem", "dtype") if key in row.labels]
+    for key in ("C", "M", "H", "N", "B", "seeds"):
+        if row.labels.get(key, 1) > 1:
+            words.append(f"{key}={row.labels[key]}")
+    return " ".join(words)
 
 
 def show(rows: list[Row], record: list[dict], limits: dict) -> None:

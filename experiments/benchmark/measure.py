@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from flare_jax.ops.fused import math as kernels
 
-TIMING_SECONDS = 0.5  # aim for one median
+TIMING_SECONDS = 0.5  # to spend on one median
 TOLERANCE = {"bfloat16": 2e-2, "float32": 5e-3}  # float32 products may be TF32
 
 

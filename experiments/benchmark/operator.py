@@ -17,7 +17,7 @@ from experiments.benchmark.measure import TOLERANCE, Program, Row, errors, jax_t
 from flare_jax.ops.flare import IMPLEMENTATIONS, flare_attention
 
 ARRAYS, EXPS = 4 + 7, 2 + 2
-DENSE_SCORES = 2**31  # above, the float32 reference is computed in tiles
+DENSE_SCORES = 2**29  # above, the float32 reference is computed in tiles
 NAMES = ("y", "dq", "dk", "dv")
 
 

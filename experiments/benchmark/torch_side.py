@@ -13,6 +13,8 @@ from flare_jax.models.convert import to_torch as to_torch_names
 
 MODES = ("torch eager", "torch compile")
 ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    torch.set_num_threads(1)  # tiny arrays, and cores that JAX's threads are waiting on
 torch.set_float32_matmul_precision("high")  # TF32, as JAX's default
 
 
