@@ -65,10 +65,10 @@ def test_torch_training_steps_equal_ours(problem):
 
     x, y = (torch.tensor(np.asarray(a)) for a in batch[:2])
     config = OptimizerConfig(weight_decay=1e-2, ema_decay=0.9)
-    trainer = Trainer(model, functools.partial(darcy_loss, shape=GRID), 10, config)
+    trainer = Trainer(model, functools.partial(darcy_loss, shape=GRID), 20, config)
     losses = [float(trainer.step(x, y)) for _ in range(4)]
 
-    tx = make_optimizer(config, 10)
+    tx = make_optimizer(config, 20)
     loss = functools.partial(derivative_loss, shape=GRID)
     loss = surrogate_loss(apply, loss, Normalizer(jnp.zeros(1), jnp.ones(1)))
     step = make_train_step(loss, tx, config.ema_decay)
