@@ -119,28 +119,14 @@ def variants(case):
         }  # fmt: skip
     elif m <= 128:
         out = {
-            "encode": [Tile(64, 128, 4, 3, 2), Tile(64, 128, 4, 3, 8), Tile(128, 128, 4, 3, 4),
-                       Tile(32, 128, 4, 4, 4), Tile(64, 128, 4, 2, 4), Tile(64, 64, 4, 3, 4),
-                       *[Tile(64, 128, 8, 3, 4)] * (m == 128)],
-            "decode": [Tile(64, 128, 4, 2, 16), Tile(128, 128, 8, 2, 64), Tile(128, 128, 4, 2, 64),
-                       Tile(64, 128, 4, 3, 16), Tile(64, 128, 4, 1, 512),
-                       *[Tile(64, 64, 4, 2, 64)] * (m == 128)],
-            "dz": [Tile(64, 128, 4, 3, 2), Tile(64, 128, 4, 3, 8), Tile(128, 128, 4, 3, 4),
-                   Tile(64, 128, 4, 2, 4), Tile(32, 128, 4, 4, 4),
-                   *[Tile(64, 64, 4, 3, 4)] * (m == 128)],
-            "dkv": [Tile(64, 64, 4, 1, 3), Tile(64, 64, 4, 2, 2), Tile(64, 64, 4, 2, 6),
-                    Tile(64, 64, 4, 1, 12), Tile(128, 64, 8, 1, 2)],
+            "encode": [Tile(64, 128, 4, 3, 8), Tile(64, 128, 4, 4, 8)],
+            "decode": [Tile(64, 128, 4, 3, 32)],
+            "dz": [Tile(64, 128, 4, 3, 16)],
+            "dkv": [Tile(32, 64, 2, 2, 3), Tile(32, 64, 2, 2, 6), Tile(32, 64, 2, 3, 4),
+                    Tile(32, 64, 2, 1, 4)],
         }  # fmt: skip
         if f32:  # larger tiles spill
-            out = {
-                "encode": [Tile(64, 128, 4, 3, 4), Tile(64, 128, 4, 3, 8), Tile(64, 128, 4, 2, 4),
-                           Tile(32, 128, 4, 4, 4), *[Tile(64, 128, 8, 3, 4)] * (m == 128)],
-                "decode": [Tile(64, 128, 4, 2, 16), Tile(128, 128, 8, 2, 64),
-                           Tile(64, 128, 4, 3, 16), *[Tile(64, 64, 4, 2, 64)] * (m == 128)],
-                "dz": [Tile(64, 128, 4, 3, 4), Tile(64, 128, 4, 3, 8), Tile(64, 128, 4, 2, 4),
-                       *[Tile(64, 128, 8, 3, 4)] * (m == 128)],
-                "dkv": [Tile(64, 64, 4, 1, 4), Tile(64, 64, 4, 1, 8), Tile(64, 64, 4, 2, 2)],
-            }  # fmt: skip
+            out["dkv"] = [Tile(64, 64, 4, 1, 2), Tile(32, 64, 2, 1, 8)]
     else:
         out = {
             "encode": [Tile(64, 128, 4, 3, 4), Tile(64, 128, 8, 3, 8), Tile(128, 128, 4, 3, 8),
@@ -218,7 +204,7 @@ def kernel(name, x, scale=1.0):
     if name == "encode":
         return dict(zip(("z", "lse_m"), attention.encode(q, k, x["v"], None, scale), strict=True))
     if name == "decode":
-        results = attention_forward.decode(q, k, x["z"], None, scale, with_lse=True)
+        results = attention_forward.decode(q, k, x["z"], None, scale, True)
         return dict(zip(("y", "lse_n"), results, strict=True))
     if name == "dz":
         rest = x["y"], x["lse_n"], x["dy"], scale, x["z"], x["lse_m"]

@@ -22,15 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flare_jax.ops.fused import mlp
-from flare_jax.ops.fused.mlp import PLANS, Plan, Tile
+from flare_jax.ops.fused.mlp import PLANS, Plan, Tile, streamed
 
 LARGE, SMALL, RAGGED = 1_024_000, 1944, 66_001
 BF16, F32 = jnp.bfloat16, jnp.float32
 TOLERANCE = {"native": 2e-2, "bf16x3": 2e-4, "ieee": 1e-5}
-
-
-def streamed(tile, warps, programs, stages=1):
-    return Tile(tile, warps, programs, stages, resident=False, bias=False)
 
 
 def forward(base, *tiles):
@@ -53,34 +49,28 @@ def variants():
     half = functools.partial(Tile, bias=False)
     add(
         64, BF16, LARGE,
-        [half(64, 4, 264), half(64, 4, 792), half(128, 8, 132), half(128, 8, 264)],
-        [((3, Tile(64, 4, 264)), (2, Tile(64, 4, 264))),
-         ((3, Tile(128, 8, 132)), (2, Tile(64, 4, 264))),
-         ((2, Tile(128, 8, 132)),), ((2, Tile(64, 4, 264)),),
-         ((5, Tile(128, 8, 132)),)],
+        [half(64, 4, 264)],
+        [((5, half(128, 8, 132)),), ((5, Tile(128, 8, 132, 1)),), ((5, half(64, 4, 132)),),
+         ((5, streamed(128, 8, 132)),), ((3, half(64, 4, 264)), (2, half(64, 4, 264))),
+         ((3, Tile(64, 4, 264, 1)), (2, Tile(64, 4, 264, 1)))],
     )  # fmt: skip
+    for dtype in (F32, BF16):
+        few = [streamed(16, 4, 132), streamed(32, 8, 132)]
+        add(64, dtype, SMALL, few, [((5, tile),) for tile in few])
     one = half(128, 8, 132, 1)
     add(
         128, BF16, LARGE,
         [half(128, 8, 132, 1), half(64, 4, 132), streamed(128, 8, 264), streamed(64, 4, 264)],
-        [((1, streamed(128, 8, 132)),),
+        [((1, streamed(128, 8, 132)),), ((2, streamed(128, 8, 132)),),
          ((1, streamed(128, 8, 132)), (1, streamed(128, 8, 132)), (1, one)),
-         ((1, streamed(128, 8, 132)), (2, streamed(128, 8, 132)), (2, streamed(128, 8, 132))),
-         ((2, streamed(128, 8, 132)),), ((3, streamed(128, 8, 132)),)],
+         ((1, streamed(64, 4, 264)),), ((2, streamed(64, 8, 132)),)],
     )  # fmt: skip
     add(
         64, F32, LARGE,
         [half(64, 4, 132), half(128, 8, 132)],
         [((1, Tile(64, 4, 264)),), ((1, Tile(128, 8, 132)),), ((2, Tile(64, 4, 132)),)],
     )  # fmt: skip
-    add(
-        128, F32, LARGE,
-        [streamed(128, 8, 132)],
-        [((1, streamed(128, 8, 132)),), ((1, streamed(64, 8, 132)),)],
-    )  # fmt: skip
-    for dtype in (F32, BF16):
-        few = [streamed(16, 4, 132), streamed(32, 8, 132), streamed(32, 4, 132)]
-        add(64, dtype, SMALL, few, [((5, tile),) for tile in few])
+    add(128, F32, LARGE, [streamed(128, 8, 132)], [((1, streamed(64, 8, 132)),)])
     return out
 
 
@@ -134,21 +124,17 @@ def passes(errs, tolerance):
     return all(e < tolerance for e in errs.values())  # False for nan
 
 
-def chained(f, what, calls):
+def repeated(f, what, calls):
     """`calls` calls of f, or of f and its derivative, each on what the last one returned."""
 
-    def run(x, layers):
-        total = 0.0
-        for _ in range(calls):
-            if what == "forward":
-                x = f(x, layers)
-                continue
-            out, vjp = jax.vjp(f, x, layers)
-            x, grads = vjp(out)
-            total += sum(g.ravel()[0] for g in jax.tree.leaves(grads))
-        return x, total
+    def once(x, layers):
+        if what == "forward":
+            return f(x, layers)
+        out, vjp = jax.vjp(f, x, layers)
+        dx, grads = vjp(out)
+        return dx + sum(g.ravel()[0] for g in jax.tree.leaves(grads)).astype(dx.dtype) * 0
 
-    return run
+    return lambda x, layers: jax.lax.fori_loop(0, calls, lambda _, x: once(x, layers), x)
 
 
 def median_ms(compiled, args, calls, repeats=15):
@@ -253,23 +239,16 @@ def main():
         rows.append(dict(check=name, state=state, errors=errs))
 
     todo = variants()
-    cases = sorted({(c, jnp.dtype(d).name, n) for c, d, n, *_ in todo}, reverse=True)
     jobs = []
     for i, (width, dtype, n, what, plan) in enumerate(todo):
         calls = 4 if n == LARGE else 20
         x, layers, _, dy = jax.eval_shape(functools.partial(inputs, n, width, dtype))
-        jobs.append((("time", i), chained(kernel(plan), what, calls), (x, layers)))
+        jobs.append((("time", i), repeated(kernel(plan), what, calls), (x, layers)))
         small = min(n, RAGGED)
         x, layers, _, dy = jax.eval_shape(functools.partial(inputs, small, width, dtype))
         if (("check", plan, width, dtype)) not in [j[0] for j in jobs]:
             fn = functools.partial(value_and_grads, kernel(plan))
             jobs.append((("check", plan, width, dtype), fn, (dy, x, layers)))
-    for width, name, n in cases:
-        for what in ("forward", "both"):
-            x, layers, _, _ = jax.eval_shape(functools.partial(inputs, n, width, jnp.dtype(name)))
-            calls = 2 if n == LARGE else 20
-            fn = chained(reference, what, calls)
-            jobs.append((("xla", width, name, n, what), fn, (x, layers)))
     compiled = compile_all(jobs)
     print(f"# {len(jobs)} programs compiled in {time.perf_counter() - begin:.0f} s", flush=True)
 
@@ -303,19 +282,6 @@ def main():
         rows.append(dict(width=width, dtype=jnp.dtype(dtype).name, n=n, what=what,
                          plan=describe(plan, what), ms=ms, errors=errs))  # fmt: skip
         print(name, f"{ms:.3f} ms", flush=True)
-    for width, name, n in cases:
-        for what in ("forward", "both"):
-            fn = compiled["xla", width, name, n, what]
-            label = f"C={width} {name} N={n} {what} XLA"
-            if isinstance(fn, Exception) or time.perf_counter() - begin > budget + 10:
-                table.append(
-                    (label, None, str(fn)[:100] if isinstance(fn, Exception) else "no time")
-                )
-                continue
-            x, layers, _, _ = inputs(n, width, jnp.dtype(name), scale=0.1)
-            ms = median_ms(fn, (x, layers), 2 if n == LARGE else 20, repeats=7)
-            table.append((label, ms, "default matmul precision"))
-            rows.append(dict(width=width, dtype=name, n=n, what=what, plan="xla", ms=ms))
     try:
         check_features(report)
     except Exception as error:

@@ -65,6 +65,8 @@ def parse(arguments) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of operator, layer and model")
     parser.add_argument("--sizes", nargs="+", help="C,M of the operator")
     parser.add_argument("--dtypes", nargs="+", help="of the operator")
+    parser.add_argument("--problems", nargs="+", help="of part step; all others too if not given")
+    parser.add_argument("--implementations", nargs="+", help="names of rows to keep")
     parser.add_argument("--budget", type=float, default=240, help="seconds; then rows are skipped")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--smoke", action="store_true", help="a tiny configuration")
@@ -91,7 +93,12 @@ def make_rows(args) -> list[Row]:
         "model": lambda: training.rows(cases[:1], "model"),
         "step": lambda: training.rows(cases[1:], "step"),
     }
-    return [row for part in args.parts for row in rows[part]()]
+    found = [row for part in args.parts for row in rows[part]()]
+    kept = lambda row: (
+        row.name in (args.implementations or [row.name])
+        and row.labels.get("problem") in (*(args.problems or [row.labels.get("problem")]), None)
+    )
+    return list(filter(kept, found))
 
 
 def fill_in(row: Row) -> dict:

@@ -42,6 +42,9 @@ class Program:
         shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
         self.arguments = jax.tree.map(shape, arguments)
         self.function, self.precision, self.future = function, precision, None
+        # a reference is not timed, and choosing among its products takes longer than running it
+        plain = precision is not None and jax.default_backend() == "gpu"
+        self.options = {"xla_gpu_autotune_level": 0} if plain else None
 
     def compile(self):
         context = contextlib.nullcontext()
@@ -49,7 +52,7 @@ class Program:
             context = jax.default_matmul_precision(self.precision)
         function = self.function if hasattr(self.function, "lower") else jax.jit(self.function)
         with context:
-            return function.lower(*self.arguments).compile()
+            return function.lower(*self.arguments).compile(self.options)
 
     def start(self, pool: concurrent.futures.Executor) -> concurrent.futures.Future:
         self.future = self.future or pool.submit(self.compile)
@@ -76,7 +79,7 @@ class Program:
 def compile_all(rows: list[Row], threads: int, seconds: float) -> None:
     """Compiles the programs of all rows; what is not begun after `seconds` is given up."""
     pool = concurrent.futures.ThreadPoolExecutor(threads)
-    programs = [p for row in rows for p in (row.reference, *row.programs) if p is not None]
+    programs = [p for row in rows for p in (*row.programs, row.reference) if p is not None]
     futures = [program.start(pool) for program in programs]
     concurrent.futures.wait(futures, timeout=seconds)
     pool.shutdown(wait=True, cancel_futures=True)  # nothing may compile beside a measurement

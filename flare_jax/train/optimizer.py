@@ -67,7 +67,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         weight_decay=config.weight_decay,
         mask=decayed,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    # as one vector: a norm leaf by leaf is a kernel for each of hundreds of leaves
+    return optax.chain(optax.flatten(optax.clip_by_global_norm(config.clip_norm)), adamw)
 
 
 def decayed(params: Params) -> dict:

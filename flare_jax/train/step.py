@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from flare_jax.models.functional import Params
 from flare_jax.problems.problem import Normalizer
@@ -51,10 +52,15 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **scheduled(opt_state)}
+        metrics = {"loss": loss, "grad_norm": norm(grads), **scheduled(opt_state)}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def norm(tree: Params) -> jax.Array:
+    """Global L2 norm, taken as that of one vector: a single sum instead of one for each leaf."""
+    return jnp.linalg.norm(ravel_pytree(tree)[0])
 
 
 def scheduled(opt_state: optax.OptState) -> dict[str, jax.Array]:

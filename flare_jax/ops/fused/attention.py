@@ -51,7 +51,7 @@ def supports(q, k, v, mask) -> None:
 
 def decode(q, k, z, mask, scale):
     """y [B, N, H, D] in k's dtype, zero at masked tokens."""
-    return _decode(q, k, z, mask, scale)
+    return _decode(q, k, z, mask, scale, False)
 
 
 def encode_vjp(q, k, v, mask, scale, z, lse, dz, dlse=None):
@@ -65,7 +65,7 @@ def encode_vjp(q, k, v, mask, scale, z, lse, dz, dlse=None):
 
 def decode_vjp(q, k, z, mask, scale, dy):
     """dq, dk, dz."""
-    y, lse_n = _decode(q, k, z, mask, scale, with_lse=True)
+    y, lse_n = _decode(q, k, z, mask, scale, True)
     parts, d1 = dz_parts(q, k, mask, y, lse_n, dy, scale)
     arrays = {"q": q, "k": k, "dy": dy, "z": z, "lse_n": lse_n, "d1": d1}
     dq, dk = gradients("decode", scale, mask, arrays)
@@ -75,7 +75,7 @@ def decode_vjp(q, k, z, mask, scale, dy):
 def attention_fwd(q, k, v, mask, scale):
     """y [B, N, H, D] and the residuals, O(B (N + M) C)."""
     z, lse = encode(q, k, v, mask, scale)
-    y, lse_n = _decode(q, k, z, mask, scale, with_lse=True)
+    y, lse_n = _decode(q, k, z, mask, scale, True)
     return y, (q, k, v, mask, z, lse, y, lse_n)
 
 

@@ -58,7 +58,7 @@ from flare_jax.ops.fused.math import (
     pallas_call,
     spread,
 )
-from flare_jax.ops.fused.tiles import fuses_dq, pow2, splits_for, tile_for
+from flare_jax.ops.fused.tiles import fuses_dq, pow2, splits_for, tile_for, traced_once
 
 SPREAD = 86.0  # base 2: P is then wrong by less than 2^-40
 
@@ -391,12 +391,14 @@ def _dq_kernel(*refs, shape, tile, tiles, blocks, scale, mode, masked):
     store_rows(x.outputs[0], start, dq, start + jnp.arange(tile.latents) < shape.m)
 
 
+@traced_once(6)
 def dz_parts(q, k, mask, y, lse_n, dy, scale):
     """Partial dz [B, splits, M, C] and d1 [B, H, N]."""
     (parts, _), d1 = _dz(q, k, mask, y, lse_n, dy, scale)
     return parts, d1
 
 
+@traced_once(6)
 def dz_merged(q, k, mask, y, lse_n, dy, scale, z, lse):
     """By name: dz [B, M, H, D], b dz, d2, b d2, c, whether both exponentials are needed; and d1."""
     out, d1 = _dz(q, k, mask, y, lse_n, dy, scale, (flat(z), lse))
@@ -479,6 +481,7 @@ def _dz(q, k, mask, y, lse_n, dy, scale, encoded=None):
     return out, d1
 
 
+@traced_once(0, 1)
 def gradients(mode, scale, mask, arrays):
     """dq (float32), dk and, unless mode is "decode", dv, from the operands in `input_names`."""
     q, k = arrays["q"], arrays["k"]

@@ -29,7 +29,7 @@ from flare_jax.ops.fused.math import (
     reciprocal,
     spread,
 )
-from flare_jax.ops.fused.tiles import Shape, pow2, splits_for, tile_for
+from flare_jax.ops.fused.tiles import Shape, pow2, splits_for, tile_for, traced_once
 
 NEG = -1e30  # finite: -inf - -inf would be nan
 F16_SHIFT = 14.0  # float16 weights are 2^14 times larger, or tokens below 2^-24 of the peak vanish
@@ -334,6 +334,7 @@ def describe(q, k, dtype=None) -> Shape:
     return Shape(b, n, m, h, d, f32_precision() if exact else "native")
 
 
+@traced_once(4)
 def encode(q, k, v, mask, scale):
     """z [B, M, H, D] and the natural log-sum-exp [B, M, H], float32."""
     shape = describe(q, k)
@@ -386,7 +387,8 @@ def encode(q, k, v, mask, scale):
     return out[0].reshape(shape.b, shape.m, shape.h, shape.d), out[1]
 
 
-def decode(q, k, z, mask, scale, with_lse=False):
+@traced_once(4, 5)
+def decode(q, k, z, mask, scale, with_lse):
     """y [B, N, H, D] in k's dtype; with_lse: also the base-2 log-sum-exp [B, H, N], float32."""
     shape = describe(q, k)
     tile = tile_for("decode", shape)

@@ -61,7 +61,7 @@ class Plan:
     ]  # (layers, Tile) a segment, from the last; the end repeats
 
 
-def _streamed(tile: int, warps: int, programs: int) -> Tile:
+def streamed(tile: int, warps: int, programs: int) -> Tile:
     return Tile(tile, warps, programs, stages=1, resident=False, bias=False)
 
 
@@ -72,31 +72,31 @@ _FEW = 132  # programs, one an SM of an H100
 PLANS = {
     (32, "native", False): Plan(Tile(64, 4, 528, bias=False), ((5, Tile(64, 4, 264)),)),
     (64, "native", False): Plan(
-        Tile(64, 4, 396, bias=False), ((3, Tile(128, 8, 132)), (2, Tile(128, 8, 132)))
+        Tile(64, 4, 396, bias=False), ((3, Tile(64, 4, 264)), (2, Tile(64, 4, 264)))
     ),
     (128, "native", False): Plan(
         Tile(128, 8, 132, bias=False),
         (
-            (2, _streamed(128, 8, 132)),
-            (2, _streamed(128, 8, 132)),
+            (2, streamed(128, 8, 132)),
+            (2, streamed(128, 8, 132)),
             (1, Tile(128, 8, 132, bias=False)),
         ),
     ),
     (32, "bf16x3", False): Plan(Tile(64, 4, 528, bias=False), ((3, Tile(64, 4, 264)),)),
     (64, "bf16x3", False): Plan(Tile(64, 4, 264, bias=False), ((2, Tile(64, 4, 264)),)),
-    (128, "bf16x3", False): Plan(_streamed(64, 4, 264), ((1, _streamed(64, 4, 132)),)),
-    (32, "ieee", False): Plan(_streamed(32, 4, 264), ((1, _streamed(32, 4, 264)),)),
-    (64, "ieee", False): Plan(_streamed(32, 4, 264), ((1, _streamed(32, 4, 264)),)),
-    (128, "ieee", False): Plan(_streamed(32, 8, 132), ((1, _streamed(32, 8, 132)),)),
-    (32, "native", True): Plan(_streamed(16, 8, _FEW), ((5, _streamed(16, 8, _FEW)),)),
-    (64, "native", True): Plan(_streamed(16, 8, _FEW), ((5, _streamed(16, 8, _FEW)),)),
-    (128, "native", True): Plan(_streamed(16, 8, _FEW), ((5, _streamed(16, 8, _FEW)),)),
-    (32, "bf16x3", True): Plan(_streamed(16, 8, _FEW), ((5, _streamed(16, 8, _FEW)),)),
-    (64, "bf16x3", True): Plan(_streamed(16, 8, _FEW), ((5, _streamed(16, 8, _FEW)),)),
-    (128, "bf16x3", True): Plan(_streamed(16, 8, _FEW), ((5, _streamed(16, 8, _FEW)),)),
-    (32, "ieee", True): Plan(_streamed(16, 8, _FEW), ((5, _streamed(16, 8, _FEW)),)),
-    (64, "ieee", True): Plan(_streamed(16, 8, _FEW), ((5, _streamed(16, 8, _FEW)),)),
-    (128, "ieee", True): Plan(_streamed(16, 8, _FEW), ((5, _streamed(16, 8, _FEW)),)),
+    (128, "bf16x3", False): Plan(streamed(64, 4, 264), ((1, streamed(64, 4, 132)),)),
+    (32, "ieee", False): Plan(streamed(32, 4, 264), ((1, streamed(32, 4, 264)),)),
+    (64, "ieee", False): Plan(streamed(32, 4, 264), ((1, streamed(32, 4, 264)),)),
+    (128, "ieee", False): Plan(streamed(32, 8, 132), ((1, streamed(32, 8, 132)),)),
+    (32, "native", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
+    (64, "native", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
+    (128, "native", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
+    (32, "bf16x3", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
+    (64, "bf16x3", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
+    (128, "bf16x3", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
+    (32, "ieee", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
+    (64, "ieee", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
+    (128, "ieee", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
 }
 FEW_TOKENS = 16 * _FEW
 
@@ -386,6 +386,8 @@ def _whole(shape):
     return pl.BlockSpec(shape, lambda p: (0,) * len(shape))
 
 
+# Jitted, so that equal MLPs of a model are traced and lowered once.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(spec: Spec, x, norm, sets):
     """One output [N, C] for each MLP of `sets` on the same x [N, C]."""
     tile = spec.plan.forward
@@ -429,11 +431,13 @@ def _segment(spec: Spec, tile: Tile, first: int, end: int, x, g, skip, add, norm
     )  # fmt: skip
     operands = _operands(spec, tile, tokens, x.dtype, layers[:end])
     dx, dw, dnorm = call(x, g, skip, add, norm, operands)
-    dw = jnp.sum(dw[:, :, : width + 1], axis=0)
-    grads = [(dw[i, :width].T, dw[i, width]) for i in range(count)]
+    sums = jnp.sum(dw[:, :, : width + 1], axis=0)
+    dw = lax.optimization_barrier(sums[:, :width].swapaxes(1, 2))  # one kernel, not one a layer
+    grads = [(dw[i], sums[i, width]) for i in range(count)]
     return dx, grads, tuple(jnp.sum(dnorm[:, :, 0], axis=0)) if with_norm else ()
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(spec: Spec, x, norm, layers, dout, add=None):
     """(dx + add, dnorm, dlayers) of one MLP."""
     g, dlayers = dout, []

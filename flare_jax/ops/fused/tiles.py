@@ -11,6 +11,8 @@ import math
 import jax
 from jax.experimental import pallas as pl
 
+from flare_jax.ops.fused.math import f32_precision, interpreted
+
 SMS = 132  # streaming multiprocessors, where no device says otherwise (H100, H200)
 
 
@@ -56,6 +58,27 @@ def pow2(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
+def traced_once(*static: int):
+    """Jits a function whose positional arguments `static` are Python values.
+
+    The blocks of a model then trace and lower its kernels once, not once each. What the function
+    reads beside its arguments, block sizes and kind of products, is part of the key.
+    """
+
+    def decorate(f):
+        numbers = (0, *(i + 1 for i in static))
+        jitted = jax.jit(lambda setting, *args: f(*args), static_argnums=numbers)
+
+        @functools.wraps(f)
+        def call(*args):
+            setting = tuple(TABLE.items()), multiprocessors(), interpreted(), f32_precision()
+            return jitted(setting, *args)
+
+        return call
+
+    return decorate
+
+
 @functools.cache
 def multiprocessors() -> int:
     device = jax.devices()[0]
@@ -65,24 +88,31 @@ def multiprocessors() -> int:
 # (kernel, precision of dots, size): the choice at width 16. See `tile_for` for what is missing
 # and for other widths.
 TABLE = {
-    ("encode", "native", "usual"): Tile(64, 128, 4, 3, 4),
+    ("encode", "native", "usual"): Tile(64, 128, 4, 3, 8),
+    ("encode", "native", "few latents"): Tile(128, 64, 4, 3, 4),
     ("encode", "native", "many latents"): Tile(64, 128, 4, 3, 8),
-    ("encode", "fast", "usual"): Tile(64, 128, 4, 3, 2),
+    ("encode", "native", "few tokens"): Tile(64, 128, 4, 3, 4),
+    ("encode", "fast", "usual"): Tile(64, 128, 4, 3, 8),
+    ("encode", "fast", "few tokens"): Tile(64, 128, 4, 3, 2),
     ("encode", "fast", "many latents"): Tile(64, 128, 4, 3, 8),
     ("encode", "exact", "usual"): Tile(32, 64, 4, 2, 4),
-    ("decode", "native", "usual"): Tile(64, 128, 4, 2, 64),
+    ("decode", "native", "usual"): Tile(64, 128, 4, 3, 16),
     ("decode", "native", "many latents"): Tile(128, 128, 8, 2, 64),
-    ("decode", "fast", "usual"): Tile(64, 128, 4, 2, 64),
+    ("decode", "native", "few tokens"): Tile(64, 128, 4, 2, 64),
+    ("decode", "fast", "usual"): Tile(64, 128, 4, 3, 16),
+    ("decode", "fast", "few tokens"): Tile(64, 128, 4, 2, 64),
     ("decode", "fast", "many latents"): Tile(128, 128, 8, 2, 64),
     ("decode", "exact", "usual"): Tile(64, 64, 4, 1, 64),
-    ("dz", "native", "usual"): Tile(64, 128, 4, 3, 4),
+    ("dz", "native", "usual"): Tile(64, 128, 4, 3, 8),
     ("dz", "native", "many latents"): Tile(64, 128, 4, 3, 8),
-    ("dz", "fast", "usual"): Tile(64, 128, 4, 3, 2),
+    ("dz", "native", "few tokens"): Tile(64, 128, 4, 3, 4),
+    ("dz", "fast", "usual"): Tile(64, 128, 4, 3, 8),
+    ("dz", "fast", "few tokens"): Tile(64, 128, 4, 3, 2),
     ("dz", "fast", "many latents"): Tile(64, 128, 4, 3, 8),
     ("dz", "exact", "usual"): Tile(32, 64, 4, 2, 4),
     ("dkv", "native", "usual"): Tile(64, 64, 4, 2, 3),
     ("dkv", "native", "many latents"): Tile(64, 64, 4, 2, 16),
-    ("dkv", "fast", "usual"): Tile(64, 64, 4, 1, 2),
+    ("dkv", "fast", "usual"): Tile(32, 64, 2, 1, 4),
     ("dkv", "fast", "many latents"): Tile(64, 64, 4, 1, 16),
     ("dkv", "exact", "usual"): Tile(32, 32, 4, 1, 4),
     ("dq", "native", "many latents"): Tile(64, 64, 4, 2, 8),
@@ -102,7 +132,8 @@ def entry_for(kernel: str, shape: Shape) -> tuple[str, str, str]:
     """The key of TABLE: sizes and precisions without an entry share that of a coarser class."""
     many = kernel == "dq" or (not fuses_dq(shape) if kernel == "dkv" else shape.m > 256)
     few = shape.b * shape.n <= FEW_TOKENS
-    sizes = ["many latents"] * many + ["few tokens"] * (few and not many) + ["usual"]
+    sizes = ["many latents"] * many + ["few tokens"] * (few and not many)
+    sizes += ["few latents"] * (shape.m <= 64) + ["usual"]
     precisions = [shape.precision] + ["fast"] * (shape.precision == "exact")
     keys = [(kernel, precision, size) for precision in precisions for size in sizes]
     return next(key for key in keys if key in TABLE)
