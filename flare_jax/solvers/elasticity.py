@@ -18,28 +18,28 @@ value, sqrt(s11^2 - s11 s22 + s22^2 + 3 s12^2), in the units of C1, C2 and the t
 
 **What the definition rests on.** The published files hold 2,000 samples of 972 points and no
 generator. Constants, boundary conditions and void are those of the paper as remembered, not copied
-from it. Plane stress, and the points at which stress is given, are inferred: a public generator of
-the same group for a sister problem (arXiv 2203.13181) has this material in plane stress, clamped
-below, under a traction of mean 100 above, and stores the von Mises stress of the 3 x 3 Gauss points
-of its quadratic quadrilaterals. 972 = 108 x 9, and the paper speaks of about 100 such elements.
+from it. Plane stress, and the points at which stress is given, are inferred: the public generator
+of a sister problem by one of its authors (PlatePull.jl, for de Hoop et al., "The cost-accuracy
+trade-off in operator learning with neural networks") has this material in plane stress, clamped
+below and under a traction of mean 100 above, and stores the von Mises stress at the 3 x 3 Gauss
+points of quadratic quadrilaterals. 972 = 108 x 9, and the paper speaks of about 100 such elements.
 That program has + C2 C where dI2/dC asks for - C2 C; here the sign is that of the equations above.
 
 **Void and mesh** are those of `unit_cell.py`: 108 elements of nine nodes, whose Gauss points are
 ordered along the rays of the mesh, ray after ray. Stresses are taken where they are computed:
 nothing is extrapolated or averaged.
 
-**Solver.** Newton's method with exact derivatives, float64, from u = 0 in one load step (strains are
-about 1e-4 to 1e-3; two or three iterations), until the residual force is TOLERANCE times the load.
-Its linear systems are block-cyclic in the angle: a column of elements joins three neighbouring rays
-of 14 unknowns. A scan over the columns eliminates ray after ray by Cholesky factors of 28 x 28 and
-comes back to the first ray: 36 small steps instead of one dense factorisation of 1,008 unknowns,
-two hundred times fewer operations, the same code under `vmap` on a CPU and a GPU.
+**Solver.** Newton's method with exact derivatives, float64, from u = 0 in one load step, until the
+unbalanced force is TOLERANCE times the load: strains are at most about 1e-3, and two or three
+iterations do. Its linear systems are block-cyclic in the angle, since a column of elements joins
+three neighbouring rays of 14 unknowns. A scan over the columns eliminates ray after ray by Cholesky
+factors of 28 x 28 and comes back to the first ray: 36 small steps, about a hundred times fewer
+operations than one dense factorisation of 1,008 unknowns, and one code for CPU, GPU and `vmap`.
 
 `generate` switches float64 on for itself. The pure functions below it are called inside
 `with jax.enable_x64(True):`, which has to enclose any `jit` or `vmap` around them.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,7 +50,15 @@ from jaxtyping import Array, Float, Int
 from rich.console import Console
 from rich.progress import Progress
 
-from flare_jax.solvers.unit_cell import LAYERS, MODES, SIDES, mesh, radius, ray_angles
+from flare_jax.solvers.unit_cell import (
+    LAYERS,
+    MODES,
+    SIDES,
+    check_radius,
+    mesh,
+    radius,
+    ray_angles,
+)
 
 VERSION = 1  # raise when `sample` gives other numbers for the same key
 C1, C2 = 1.863e5, 9.79e3  # of the material
@@ -162,8 +170,7 @@ def solve_cyclic(
     are eliminated. The last column ends on the first ray.
     """
     m = f.shape[1]
-    f_column = jnp.stack([jnp.zeros_like(f[::2]), f[1::2], jnp.roll(f[::2], -1, 0)], 1)
-    f_column = f_column.reshape(-1, 3 * m)  # a ray's load goes with the column that ends on it
+    f_column = column_unknowns(f).at[:, :m].set(0)  # a ray's load goes with the column it ends
 
     def eliminate(a, b, inner):
         """(s, g) of the outer unknowns, and y, z with x_inner = z - y x_outer."""
@@ -195,15 +202,15 @@ def solve_cyclic(
     return jnp.concatenate([first[None], middle[None], x.reshape(-1, m)])
 
 
-def column_unknowns(a: Float[np.ndarray, "rays m"]) -> Float[np.ndarray, "columns d"]:
+def column_unknowns(a: Float[Array | np.ndarray, "rays m"]) -> Float[Array, "columns d"]:
     """Values at the unknowns of each column: three rays after one another, d = 3 m."""
-    return np.concatenate([a[::2], a[1::2], np.roll(a[::2], -1, 0)], 1)
+    return jnp.concatenate([a[::2], a[1::2], jnp.roll(a[::2], -1, 0)], 1)
 
 
 def equilibrium(
     nodes: Float[Array, "rays rings 2"],
-    load: Float[Array, "rays rings 2"],
-    free: Float[np.ndarray, "rays rings 2"],
+    load: Float[Array | np.ndarray, "rays rings 2"],
+    free: Float[Array | np.ndarray, "rays rings 2"],
     u: Float[Array, "rays rings 2"],
 ) -> Solution:
     """Newton's method for internal_force(u) = load where `free` is 1; elsewhere u stays as given.
@@ -214,7 +221,7 @@ def equilibrium(
     _require_float64()
     gradients, weights = geometry(nodes)
     mask = column_unknowns(free.reshape(len(free), -1))
-    fixed = np.eye(mask.shape[1]) * (1 - mask[:, None])
+    fixed = np.eye(mask.shape[1])[None] * (1 - mask[:, None])
     mask = mask[:, None] * mask[:, :, None]  # [columns, d, d]
 
     def unbalanced(u):
@@ -252,9 +259,11 @@ def solve(
 ) -> tuple[Float[Array, "rays rings 2"], Solution]:
     """Nodes and displacement of the cell whose void has radius r on each ray.
 
-    Pure, ready for `jit` and `vmap`; `unit_cell.check_radius` says whether r makes a cell.
+    Pure, ready for `jit` and `vmap`. Outside them a void that leaves no ligament is a ValueError.
     """
     _require_float64()
+    if not isinstance(r, jax.core.Tracer):
+        check_radius(r)
     nodes = mesh(r, layers)
     load, free = pulled(len(r) // 8, layers, traction)
     return nodes, equilibrium(nodes, load, free, jnp.zeros_like(nodes))
