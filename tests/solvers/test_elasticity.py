@@ -41,7 +41,8 @@ def test_patch_of_uniform_deformation():
     nodes = unit_cell.mesh(WAVY, 1)
     gradient = np.array([[0.1, 0.2], [-0.05, 0.3]])
     affine, free = np.einsum("ij,tsj->tsi", gradient, nodes), boundary_fixed(nodes)
-    solution = balance(nodes, np.zeros_like(nodes), free, affine * (1 - free))
+    moved = affine + 0.005 * free * np.random.default_rng(0).normal(size=free.shape)
+    solution = balance(nodes, np.zeros_like(nodes), free, moved)
     np.testing.assert_allclose(solution.u, affine, atol=1e-12)
     uniform = elasticity.von_mises(jnp.asarray(gradient))
     np.testing.assert_allclose(stresses(nodes, solution.u), uniform, rtol=1e-9)
@@ -52,7 +53,7 @@ def manufactured(x):
 
 
 def manufactured_error(sides, layers):
-    """Largest nodal error for a large deformation known in closed form, and its Newton steps."""
+    """Largest nodal error for a large deformation known in closed form."""
     nodes = unit_cell.mesh(np.full(8 * sides, 0.3), layers)
     flat = nodes.reshape(-1, 2)
     exact = np.asarray(jax.vmap(manufactured)(flat)).reshape(nodes.shape)
@@ -64,14 +65,13 @@ def manufactured_error(sides, layers):
     parts = jnp.einsum("clq,qa,clqi->clai", weights, elasticity.shapes()[0], f)
     (load,) = jax.linear_transpose(elasticity.elements, nodes)(parts)
     free = boundary_fixed(nodes)
-    solution = balance(nodes, load, free, exact * (1 - free))
+    solution = balance(nodes, load, free, exact)
     return np.abs(solution.u - exact).max()
 
 
 def test_error_falls_with_the_cube_of_the_spacing():
-    errors = [manufactured_error(2 * n, n) for n in (1, 2, 4)]
-    orders = np.log2(np.divide(errors[:-1], errors[1:]))
-    assert (orders > 2.7).all() and errors[-1] < 1e-4, (errors, orders)
+    coarse, fine = (manufactured_error(2 * n, n) for n in (2, 4))
+    assert 2.7 < np.log2(coarse / fine) < 4 and fine < 1e-4
 
 
 def test_small_loads_agree_with_linear_elasticity():
@@ -90,7 +90,7 @@ def test_small_loads_agree_with_linear_elasticity():
     places = mesh.doflocs.copy()
     places[:, mesh.dofs.element_dofs] = flat[cells].transpose(2, 0, 1)  # curved edges
     mesh = skfem.MeshQuad2(places, mesh.t)
-    basis = skfem.Basis(mesh, skfem.ElementVector(skfem.ElementQuad2()), intorder=6)
+    basis = skfem.Basis(mesh, skfem.ElementVector(skfem.ElementQuad2()), intorder=5)
     shear = 2 * (elasticity.C1 + elasticity.C2)
 
     @skfem.BilinearForm
@@ -108,7 +108,7 @@ def test_small_loads_agree_with_linear_elasticity():
     expected = np.empty(nodes.shape).reshape(-1, 2)
     expected[cells] = u[basis.element_dofs].reshape(9, 2, -1).swapaxes(1, 2)
     scale = np.abs(expected).max()
-    np.testing.assert_allclose(solution.u.reshape(-1, 2), expected, atol=1e-4 * scale)
+    np.testing.assert_allclose(solution.u.reshape(-1, 2), expected, atol=1e-5 * scale)
 
 
 def test_a_symmetric_void_gives_a_symmetric_stress():
@@ -136,7 +136,7 @@ def test_cyclic_solver_equals_dense_solver():
         index = (np.arange(2 * c * m, (2 * c + 3) * m)) % (rays * m)
         full[np.ix_(index, index)] += block
     f = rng.normal(size=(rays, m))
-    x = elasticity.solve_cyclic(jnp.asarray(k), jnp.asarray(f))
+    x = jax.jit(elasticity.solve_cyclic)(k, f)
     np.testing.assert_allclose(x.ravel(), np.linalg.solve(full, f.ravel()), rtol=1e-8)
 
 
