@@ -36,6 +36,7 @@ from flare_jax.solvers import elasticity as solver
 FILES = ("Random_UnitCell_XY_10.npy", "Random_UnitCell_sigma_10.npy")
 FOLDERS = ("", "elasticity/Meshes", "Meshes")  # of the published archives
 INPUTS, TARGETS = ("x", "y"), ("sigma",)  # columns of model inputs and outputs
+LONGEST_EDGE = 0.1  # between neighbouring points, for figures
 FIRST_INDEX = {"train": 0, "valid": 1_000_000, "test": 2_000_000}  # of generated samples
 
 
@@ -67,9 +68,9 @@ PRESETS = {
         "num_blocks": 2,
         "num_heads": 4,
         "num_latents": 32,
-        "epochs": 30,
-        "batch_size": 4,
-        "learning_rate": 3e-3,
+        "epochs": 12,
+        "batch_size": 2,
+        "learning_rate": 2e-3,
         "weight_decay": 1e-5,
     },
     # FLARE's recipe (arXiv 2508.12594).

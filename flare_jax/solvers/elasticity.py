@@ -310,7 +310,6 @@ def generate(
     """
     if batch_size is None:
         batch_size = 16 if jax.default_backend() == "cpu" else 500
-    batch_size = min(batch_size, len(indices))
     arrays = {
         "points": np.empty((len(indices), POINTS, 2), np.float32),
         "sigma": np.empty((len(indices), POINTS), np.float32),
