@@ -66,8 +66,8 @@ def configuration(options: Options, **changes) -> Config:
     }
     if options.smoke:
         problem |= {"num_train": 16, "num_valid": 4, "num_test": 4}
-        sizes = {name: getattr(config.model, name) for name in ("num_blocks", "num_heads")}
-        changes = {k: min(v, 2) for k, v in (sizes | changes).items()} | {"channel_dim": 8}
+        sizes = {"num_blocks": 8, "num_heads": 8} | changes
+        changes = {name: min(size, 2) for name, size in sizes.items()} | {"channel_dim": 8}
         train |= {"epochs": min(options.epochs, 4), "eval_every": 1}
     return dataclasses.replace(
         config,
@@ -147,7 +147,8 @@ def write(path: Path, record: dict) -> None:
 
 def main_result(options: Options, problem, data_seconds: float) -> dict:
     """Trains the preset; writes its record and figures."""
-    config, folder = configuration(options), options.out / "runs" / "paper"
+    config = configuration(options)
+    folder = options.out / "runs" / tables.folder(config)
     result = trained(problem, config, folder)
     curves = history(folder)
     record = about(options, config) | {
@@ -180,13 +181,12 @@ def draw(options: Options, config: Config, problem, folder: Path, curves: dict) 
     prediction = surrogate(problem.test.x)
     error = np.asarray(rel_l2(prediction, problem.test.y))
     rows = np.argsort(error)[[0, len(error) // 2, -1]]
-    moved = problem.test.x[rows]
+    shift = None
     if options.data is None:
-        shift = elasticity.generated(config.problem, "test")["displacement"][rows]
-        moved = moved + MAGNIFIED * shift
+        shift = MAGNIFIED * elasticity.generated(config.problem, "test")["displacement"][rows]
     prediction_figure(
         options.out / "elasticity_prediction.png",
-        moved,
+        problem.test.x[rows],
         prediction[rows],
         problem.test.y[rows],
         inputs=problem.inputs,
@@ -194,7 +194,8 @@ def draw(options: Options, config: Config, problem, folder: Path, curves: dict) 
         titles=[
             f"{n}: {error[i]:.2%}" for n, i in zip(("best", "median", "worst"), rows, strict=True)
         ],
-        longest_edge=1.5 * elasticity.LONGEST_EDGE,
+        longest_edge=elasticity.LONGEST_EDGE,
+        displacement=shift,
     )
 
 
@@ -240,7 +241,8 @@ def main(options: Options) -> None:
     rows = []
     for case in tables.cases(options.ablations):
         config = configuration(options, **case.changes)
-        result = trained(problem, config, options.out / "runs" / case.folder)
+        folder = options.out / "runs" / tables.folder(config)
+        result = trained(problem, config, folder)
         if result is None:
             break
         rows.append(tables.row(case, result))

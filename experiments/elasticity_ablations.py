@@ -12,6 +12,8 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from flare_jax.train.config import Config
+
 Family = Literal["blocks", "heads", "depth"]
 
 BLOCKS = (1, 2, 4, 8)  # columns of the first table; its rows are latents
@@ -34,13 +36,12 @@ class Case:
     changes: dict  # of the paper preset's model: 8 blocks, 64 latents, 8 heads, 3 layers
     published: float  # test rel-L2
 
-    @property
-    def folder(self) -> str:
-        """Name of its run: cases that change nothing share one."""
-        base = {"num_blocks": 8, "num_latents": 64, "num_heads": 8}
-        base |= {"num_layers_k_proj": 3, "num_layers_v_proj": 3}
-        changed = {k: v for k, v in self.changes.items() if base[k] != v}
-        return "-".join(f"{k.removeprefix('num_')}_{v}" for k, v in changed.items()) or "paper"
+
+def folder(config: Config) -> str:
+    """Name of a run: models that do not differ share one."""
+    m = config.model
+    heads = f"heads{m.num_heads}-kv{m.num_layers_k_proj}"
+    return f"blocks{m.num_blocks}-latents{m.num_latents}-{heads}"
 
 
 def cases(families: tuple[Family, ...]) -> list[Case]:

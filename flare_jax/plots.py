@@ -26,6 +26,7 @@ def prediction_figure(
     shape: tuple[int, ...] | None = None,
     titles: Sequence[str] = (),
     longest_edge: float | None = None,
+    displacement: Float[np.ndarray, "n N S"] | None = None,
 ) -> None:
     """Writes a picture with one row a sample: input, truth, prediction, error (first field).
 
@@ -37,6 +38,7 @@ def prediction_figure(
         shape: draw on this grid (the first axis is x) instead of as points.
         titles: one for each row.
         longest_edge: without a grid, fill the triangles between points that are no further apart.
+        displacement: draw those triangles where this moves their points.
     """
     positions = [i for i, name in enumerate(inputs) if name in POSITIONS]
     others = [i for i, name in enumerate(inputs) if name not in POSITIONS]
@@ -65,7 +67,8 @@ def prediction_figure(
             elif colours == "RdBu_r":
                 limits = (-np.abs(values[row]).max(), np.abs(values[row]).max())
             place = x[row][:, positions]
-            image = draw(axis, place, values[row], shape, colours, limits, longest_edge)
+            moved = None if displacement is None else place + displacement[row]
+            image = draw(axis, place, values[row], shape, colours, limits, longest_edge, moved)
             figure.colorbar(image, ax=axis, shrink=0.8)
             if row == 0:
                 axis.set_title(name)
@@ -123,16 +126,17 @@ def curves_figure(
     plt.close(figure)
 
 
-def draw(axis, positions, values, shape, colours, limits, longest_edge=None):
+def draw(axis, positions, values, shape, colours, limits, longest_edge=None, moved=None):
     """One field on a grid, or in the plane of the first two positions as points or triangles."""
     style = dict(cmap=colours, vmin=limits[0], vmax=limits[1])
     axis.set(xticks=[], yticks=[], aspect="equal")
     if shape is not None:
         return axis.imshow(values.reshape(shape).T, origin="lower", **style)
     if longest_edge is not None:
-        return axis.tripcolor(
-            triangles(positions, longest_edge), values, shading="gouraud", **style
-        )
+        mesh = triangles(positions, longest_edge)
+        place = positions if moved is None else moved
+        mesh = Triangulation(*place.T[:2], mesh.triangles, mesh.mask)
+        return axis.tripcolor(mesh, values, shading="gouraud", **style)
     return axis.scatter(*positions.T[:2], c=values, s=4, linewidths=0, **style)
 
 

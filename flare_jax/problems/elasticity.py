@@ -45,6 +45,7 @@ class ElasticityConfig:
     """Elasticity: where the samples come from and how many there are."""
 
     data: Path | None = None  # folder of published data; None generates samples
+    stride: int = 1  # keep every stride-th of the 972 points
     num_train: int = 1000  # training samples
     num_valid: int = 200  # validation samples; may be 0
     num_test: int = 200  # test samples
@@ -52,7 +53,7 @@ class ElasticityConfig:
     cache: Path | None = None  # folder for generated samples; None: $FLARE_JAX_CACHE or user cache
 
     def __post_init__(self):
-        least = {"num_train": 1, "num_valid": 0, "num_test": 1, "data_seed": 0}
+        least = {"stride": 1, "num_train": 1, "num_valid": 0, "num_test": 1, "data_seed": 0}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
@@ -102,7 +103,8 @@ def load(config: ElasticityConfig, progress: bool = True) -> Problem:
         fields = {name: (a["points"], a["sigma"]) for name, a in arrays.items()}
     else:
         fields = _published(config)
-    split = {name: Split(x, sigma[..., None]) for name, (x, sigma) in fields.items()}
+    keep = slice(None, None, config.stride)
+    split = {name: Split(x[:, keep], s[:, keep, None]) for name, (x, s) in fields.items()}
     train = split["train"]
     return Problem(
         name="elasticity",
