@@ -4,7 +4,7 @@
     python -m experiments.elasticity --out FOLDER --ablations blocks heads depth
     python -m experiments.elasticity --out FOLDER --smoke           # everything, tiny, on a CPU
 
-FOLDER gets elasticity.json (or ablations.json), figures, and the training runs. A command that is
+FOLDER gets elasticity.json (or ablations_*.json), figures, and the training runs. A command that is
 cut off goes on where it stopped when it is given again; what it reached by then is in the runs'
 metrics.jsonl, and after a SIGTERM in the record too. Validation chooses the parameters called
 `best`; the test samples measure and choose nothing. Times are those of all seeds, trained side by
@@ -238,6 +238,7 @@ def main(options: Options) -> None:
     if not options.ablations:
         show(main_result(options, problem, seconds))
         return
+    path = options.out / f"ablations_{'_'.join(options.ablations)}.json"
     rows = []
     for case in tables.cases(options.ablations):
         config = configuration(options, **case.changes)
@@ -246,7 +247,7 @@ def main(options: Options) -> None:
         if result is None:
             break
         rows.append(tables.row(case, result))
-        write(options.out / "ablations.json", about(options, config) | {"rows": rows})
+        write(path, about(options, config) | {"rows": rows})
         print(f"{case.label}: {result['rel_l2']['last']['mean']:.5f}", flush=True)
     tables.show(rows, config.train.epochs)
 

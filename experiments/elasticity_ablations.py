@@ -58,7 +58,7 @@ def cases(families: tuple[Family, ...]) -> list[Case]:
     found += [
         Case(
             "depth",
-            f"{n} hidden layers in K and V",
+            f"K and V of {n} layers",
             {"num_layers_k_proj": n, "num_layers_v_proj": n},
             value,
         )

@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from flare_jax.cli import main
 from flare_jax.data.arrays import DataFileError
 from flare_jax.problems import elasticity
 from flare_jax.problems.elasticity import ElasticityConfig, inputs_from, load
@@ -47,6 +48,13 @@ def test_positions_stay_raw_and_stress_is_normalised_by_training_samples(tmp_pat
     np.testing.assert_array_equal(p.x_normalizer, [[0, 0], [1, 1]])
     train = samples[1][:, :3]
     np.testing.assert_allclose(p.y_normalizer, [[train.mean()], [train.std()]], rtol=1e-6)
+
+
+def test_stride_keeps_every_other_point(tmp_path, samples):
+    save(tmp_path, *samples)
+    p = load(ElasticityConfig(tmp_path, stride=4, **FROM_FILES))
+    assert p.train.x.shape == (3, 243, 2)
+    np.testing.assert_array_equal(p.test.y[0, :, 0], samples[1][::4, 6].astype(np.float32))
 
 
 def test_validation_may_be_left_out(tmp_path, samples):
@@ -135,3 +143,19 @@ def test_inputs_for_prediction_come_from_points(tmp_path, samples):
 def test_presets_hold_every_size_of_the_data():
     for preset in elasticity.PRESETS.values():
         assert {"num_train", "num_valid", "num_test"} <= preset.keys()
+
+
+TINY = """--num-train 3 --num-valid 2 --num-test 4 --stride 9 --epochs 1 --channel-dim 8
+    --num-blocks 1 --num-heads 1 --num-latents 4 --num-layers-ffn 0 --num-layers-k-proj 0
+    --num-layers-v-proj 0 --num-layers-in-out-proj 0"""
+
+
+def test_commands_train_and_predict(tmp_path, samples):
+    save(tmp_path, *samples)
+    run, out = tmp_path / "run", tmp_path / "stress.npz"
+    options = ["--data", str(tmp_path), "--out", str(run), *TINY.split()]
+    assert main(["train", "elasticity", *options]) == 0
+    xy = tmp_path / elasticity.FILES[0]
+    assert main(["predict", str(run), str(xy), "--out", str(out)]) == 0
+    assert np.load(out)["sigma"].shape == (10, POINTS)
+    assert (run / "figure.png").exists() and out.with_suffix(".png").exists()
