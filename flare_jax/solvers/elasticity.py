@@ -63,8 +63,8 @@ from flare_jax.solvers.unit_cell import (
 VERSION = 1  # raise when `sample` gives other numbers for the same key
 C1, C2 = 1.863e5, 9.79e3  # of the material
 TRACTION = 100.0  # at the top, upwards, per length before deformation
-POINTS = 36 * SIDES * LAYERS  # Gauss points
-TOLERANCE = 1e-10  # residual force over the load
+POINTS = 9 * 4 * SIDES * LAYERS  # nine in each of 36 x 3 elements
+TOLERANCE = 1e-10  # unbalanced force over the load
 MAX_ITERATIONS = 20
 
 _GAUSS = np.sqrt(0.6) * np.array([-1.0, 0.0, 1.0])  # points and weights on [-1, 1]
@@ -114,6 +114,17 @@ def elements(a: Float[Array, "rays rings 2"]) -> Float[Array, "columns layers 9 
     return picked.reshape(len(ray), len(ring), 9, 2)
 
 
+def assembled(parts: Float[Array, "columns layers 9 2"]) -> Float[Array, "rays rings 2"]:
+    """Sum at each node over its elements, the transpose of `elements`, in a fixed order."""
+    columns, layers = parts.shape[:2]
+    column = jnp.zeros((columns, 3, 2 * layers + 1, 2))
+    for layer in range(layers):
+        part = parts[:, layer].reshape(columns, 3, 3, 2)
+        column = column.at[:, :, 2 * layer : 2 * layer + 3].add(part)
+    even, odd = column[:, 0] + jnp.roll(column[:, 2], 1, 0), column[:, 1]
+    return jnp.stack([even, odd], 1).reshape(2 * columns, -1, 2)
+
+
 def shapes() -> tuple[Float[np.ndarray, "9 9"], Float[np.ndarray, "9 9 2"]]:
     """Nine-node shape functions [point, node] at the Gauss points; gradients by (ring, ray)."""
     x = _GAUSS[:, None]
@@ -126,8 +137,10 @@ def shapes() -> tuple[Float[np.ndarray, "9 9"], Float[np.ndarray, "9 9 2"]]:
 def geometry(nodes: Float[Array, "rays rings 2"]):
     """Shape gradients [columns, layers, point, node, 2] in space, and weights times areas."""
     jacobian = jnp.einsum("clai,qaj->clqij", elements(nodes), shapes()[1])
-    det = jnp.linalg.det(jacobian)
-    gradients = jnp.einsum("qaj,clqji->clqai", shapes()[1], jnp.linalg.inv(jacobian))
+    (a, b), (c, d) = jnp.moveaxis(jacobian, (-2, -1), (0, 1))
+    det = a * d - b * c
+    inverse = jnp.stack([jnp.stack([d, -b], -1), jnp.stack([-c, a], -1)], -2) / det[..., None, None]
+    gradients = jnp.einsum("qaj,clqji->clqai", shapes()[1], inverse)
     return gradients, det * np.outer(_WEIGHTS, _WEIGHTS).reshape(1, 1, 9)
 
 
@@ -140,8 +153,7 @@ def internal_force(u, gradients, weights) -> Float[Array, "rays rings 2"]:
     """Force of the stresses on each node, the derivative of the stored energy by u."""
     stress = _everywhere(jax.grad(energy))(strains(u, gradients))
     force = jnp.einsum("clq,clqij,clqaj->clai", weights, stress, gradients)
-    scatter = jax.linear_transpose(elements, u)
-    return scatter(force)[0]
+    return assembled(force)
 
 
 def stiffness(u, gradients, weights) -> Float[Array, "columns d d"]:
@@ -196,7 +208,7 @@ def solve_cyclic(
     carry, (y, z) = eliminate(k[0], f_column[0], np.arange(m, 2 * m))
     (s, g), kept = jax.lax.scan(forward, carry, (k[1:], f_column[1:]))
     closed = s[:m, :m] + s[:m, m:] + s[m:, :m] + s[m:, m:]
-    first = jnp.linalg.solve(closed, g[:m] + g[m:])
+    first = jax.scipy.linalg.solve(closed, g[:m] + g[m:], assume_a="pos")
     after, x = jax.lax.scan(backward, first, kept, reverse=True)  # x [columns - 1, 2, m]
     middle = z - y @ jnp.concatenate([first, after])
     return jnp.concatenate([first[None], middle[None], x.reshape(-1, m)])

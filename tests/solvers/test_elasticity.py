@@ -63,7 +63,7 @@ def manufactured_error(sides, layers):
     f = jax.vmap(body_force)(gauss.reshape(-1, 2)).reshape(gauss.shape)
     weights = elasticity.geometry(nodes)[1]
     parts = jnp.einsum("clq,qa,clqi->clai", weights, elasticity.shapes()[0], f)
-    (load,) = jax.linear_transpose(elasticity.elements, nodes)(parts)
+    load = elasticity.assembled(parts)
     free = boundary_fixed(nodes)
     solution = balance(nodes, load, free, exact)
     return np.abs(solution.u - exact).max()
@@ -124,6 +124,13 @@ def test_forces_on_the_clamp_balance_the_traction():
     load, free = elasticity.pulled(3, 2)
     np.testing.assert_allclose((force * (1 - free)).sum((0, 1)), [0, -100], atol=1e-6)
     np.testing.assert_allclose(load.sum((0, 1)), [0, 100], rtol=1e-12)
+
+
+def test_assembly_is_the_transpose_of_taking_elements():
+    u = jnp.asarray(np.random.default_rng(0).normal(size=(16, 5, 2)))
+    parts = jnp.cos(elasticity.elements(u))
+    (expected,) = jax.linear_transpose(elasticity.elements, u)(parts)
+    np.testing.assert_allclose(elasticity.assembled(parts), expected, rtol=1e-12)
 
 
 def test_cyclic_solver_equals_dense_solver():
