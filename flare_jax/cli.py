@@ -121,7 +121,8 @@ def predict(argv: list[str]) -> None:
 
         Args:
             run: folder of a training run.
-            file: new inputs: for darcy a .npz with `coefficient` or a .mat with `coeff`, [n, s, s].
+            file: new inputs: for darcy a .npz with `coefficient` or a .mat with `coeff`, [n, s, s];
+                for elasticity a .npz with `points`, [n, N, 2], or a .npy as published, [N, 2, n].
             out: the .npz to write; a .png of the first samples goes beside it.
             which: parameters best on validation, the last ones, or their running average.
         """
@@ -133,7 +134,7 @@ def predict(argv: list[str]) -> None:
     inputs, targets = problem.INPUTS, problem.TARGETS
     x, shape = problem.inputs_from(file)
     fields = surrogate(x)
-    arrays = {n: fields[..., i].reshape(len(x), *shape) for i, n in enumerate(targets)}
+    arrays = {n: fields[..., i].reshape(len(x), *(shape or [-1])) for i, n in enumerate(targets)}
     np.savez_compressed(out, **arrays)
     picture = out.with_suffix(".png")
     prediction_figure(picture, x[:3], fields[:3], inputs=inputs, targets=targets, shape=shape)

@@ -1,6 +1,6 @@
-"""Figures: input, truth, prediction and error of a surrogate."""
+"""Figures: samples; input, truth, prediction and error of a surrogate; curves with their spread."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+from matplotlib.tri import Triangulation  # noqa: E402
 
 POSITIONS = ("x", "y", "z")
 SIZE = 2.5  # inches of one panel
@@ -24,6 +25,8 @@ def prediction_figure(
     targets: Sequence[str],
     shape: tuple[int, ...] | None = None,
     titles: Sequence[str] = (),
+    longest_edge: float | None = None,
+    displacement: Float[np.ndarray, "n N S"] | None = None,
 ) -> None:
     """Writes a picture with one row a sample: input, truth, prediction, error (first field).
 
@@ -34,6 +37,8 @@ def prediction_figure(
         inputs, targets: names of the columns.
         shape: draw on this grid (the first axis is x) instead of as points.
         titles: one for each row.
+        longest_edge: without a grid, fill the triangles between points that are no further apart.
+        displacement: draw those triangles where this moves their points.
     """
     positions = [i for i, name in enumerate(inputs) if name in POSITIONS]
     others = [i for i, name in enumerate(inputs) if name not in POSITIONS]
@@ -61,7 +66,9 @@ def prediction_figure(
                 limits = (low, high)  # truth and prediction share one scale
             elif colours == "RdBu_r":
                 limits = (-np.abs(values[row]).max(), np.abs(values[row]).max())
-            image = draw(axis, x[row][:, positions], values[row], shape, colours, limits)
+            place = x[row][:, positions]
+            moved = None if displacement is None else place + displacement[row]
+            image = draw(axis, place, values[row], shape, colours, limits, longest_edge, moved)
             figure.colorbar(image, ax=axis, shrink=0.8)
             if row == 0:
                 axis.set_title(name)
@@ -71,10 +78,72 @@ def prediction_figure(
     plt.close(figure)
 
 
-def draw(axis, positions, values, shape, colours, limits):
-    """One field on a grid, or as coloured points in the plane of the first two positions."""
+def samples_figure(
+    path: Path | str,
+    points: Float[np.ndarray, "n N 2"],
+    values: Float[np.ndarray, "n N"],
+    *,
+    longest_edge: float,
+    columns: int = 3,
+) -> None:
+    """Writes a picture of samples on points of the plane, each with its own colour scale."""
+    rows = -(-len(points) // columns)
+    size = (SIZE * 1.15 * columns, SIZE * rows)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, place, value in zip(axes.flat, points, values, strict=False):
+        limits = value.min(), value.max()
+        image = draw(axis, place, value, None, "viridis", limits, longest_edge)
+        figure.colorbar(image, ax=axis, shrink=0.8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def curves_figure(
+    path: Path | str,
+    x: Float[np.ndarray, "n"],
+    curves: Mapping[str, Float[np.ndarray, "n runs"]],
+    *,
+    labels: tuple[str, str],
+    levels: Sequence[float] = (),
+) -> None:
+    """Writes the mean of several runs over x, with a band from the smallest to the largest.
+
+    `labels` are those of the axes; `levels` are drawn as horizontal lines. The y axis is
+    logarithmic.
+    """
+    figure, axis = plt.subplots(figsize=(2.4 * SIZE, 1.6 * SIZE), layout="constrained")
+    for name, runs in curves.items():
+        (line,) = axis.plot(x, runs.mean(1), label=name)
+        axis.fill_between(x, runs.min(1), runs.max(1), color=line.get_color(), alpha=0.25, lw=0)
+    for level in levels:
+        axis.axhline(level, color="0.6", lw=0.8, ls="--", zorder=0)
+        axis.annotate(f"{level:.2%}", (1, level), xycoords=("axes fraction", "data"), ha="right")
+    axis.set(xlabel=labels[0], ylabel=labels[1], yscale="log")
+    axis.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw(axis, positions, values, shape, colours, limits, longest_edge=None, moved=None):
+    """One field on a grid, or in the plane of the first two positions as points or triangles."""
     style = dict(cmap=colours, vmin=limits[0], vmax=limits[1])
     axis.set(xticks=[], yticks=[], aspect="equal")
     if shape is not None:
         return axis.imshow(values.reshape(shape).T, origin="lower", **style)
+    if longest_edge is not None:
+        mesh = triangles(positions, longest_edge)
+        place = positions if moved is None else moved
+        mesh = Triangulation(*place.T[:2], mesh.triangles, mesh.mask)
+        return axis.tripcolor(mesh, values, shading="gouraud", **style)
     return axis.scatter(*positions.T[:2], c=values, s=4, linewidths=0, **style)
+
+
+def triangles(points: Float[np.ndarray, "N S"], longest_edge: float) -> Triangulation:
+    """Triangles between points of the plane, but for those with a longer edge: holes stay open."""
+    mesh = Triangulation(*points.T[:2])
+    corners = points[mesh.triangles, :2]  # [T, 3, 2]
+    edges = np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=-1)
+    mesh.set_mask(edges.max(1) > longest_edge)
+    return mesh

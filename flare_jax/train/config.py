@@ -9,10 +9,13 @@ from types import ModuleType
 from typing import Any, Literal
 
 from flare_jax.models.flare import FLAREConfig
-from flare_jax.problems import darcy
+from flare_jax.problems import darcy, elasticity
 from flare_jax.train.optimizer import OptimizerConfig
 
-PROBLEMS: dict[str, tuple[ModuleType, type]] = {"darcy": (darcy, darcy.DarcyConfig)}
+PROBLEMS: dict[str, tuple[ModuleType, type]] = {
+    "darcy": (darcy, darcy.DarcyConfig),
+    "elasticity": (elasticity, elasticity.ElasticityConfig),
+}
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
