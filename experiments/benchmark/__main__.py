@@ -64,13 +64,14 @@ def parse(arguments) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--tokens", type=int, help="of operator, layer and model")
     parser.add_argument("--sizes", nargs="+", help="C,M of the operator")
-    parser.add_argument("--dtypes", nargs="+", help="of the operator")
+    parser.add_argument("--dtypes", nargs="+", help="of the rows to keep")
     parser.add_argument("--problems", nargs="+", help="of part step; all others too if not given")
     parser.add_argument("--implementations", nargs="+", help="names of rows to keep")
     parser.add_argument("--budget", type=float, default=240, help="seconds; then rows are skipped")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--smoke", action="store_true", help="a tiny configuration")
     args = parser.parse_args(arguments)
+    args.only_dtypes = args.dtypes
     args.dtypes = args.dtypes or (["float32"] if args.smoke else ["bfloat16", "float32"])
     many = ["16,8"] if args.smoke else ["64,64", "128,128", "128,512", "128,2048"]
     args.sizes = [tuple(map(int, size.split(","))) for size in args.sizes or many]
@@ -96,6 +97,7 @@ def make_rows(args) -> list[Row]:
     found = [row for part in args.parts for row in rows[part]()]
     kept = lambda row: (
         row.name in (args.implementations or [row.name])
+        and row.labels["dtype"] in (args.only_dtypes or [row.labels["dtype"]])
         and row.labels.get("problem") in (*(args.problems or [row.labels.get("problem")]), None)
     )
     return list(filter(kept, found))

@@ -71,9 +71,7 @@ _FEW = 132  # programs, one an SM of an H100
 # program, whose weight gradients are written once and never held, so one segment does.
 PLANS = {
     (32, "native", False): Plan(Tile(64, 4, 528, bias=False), ((5, Tile(64, 4, 264)),)),
-    (64, "native", False): Plan(
-        Tile(64, 4, 396, bias=False), ((3, Tile(64, 4, 264)), (2, Tile(64, 4, 264)))
-    ),
+    (64, "native", False): Plan(Tile(64, 4, 396, bias=False), ((5, Tile(128, 8, 132, 1)),)),
     (128, "native", False): Plan(
         Tile(128, 8, 132, bias=False),
         (
