@@ -144,6 +144,19 @@ def encode_vjp(q, k, v, mask, scale, z, lse, dz, dlse=None):
 
 
 def decode_vjp(q, k, z, mask, scale, dy):
-    """dq, dk, dz from the cotangent of y."""
-    _, pullback = jax.vjp(lambda q, k, z: decode(q, k, z, mask, scale), q, k, z)
-    return pullback(dy)
+    """dq, dk, dz from the cotangent of y.
+
+    cuDNN's backward has a block of work for every 128 keys, here latents: the tokens are split as
+    in encode, and the parts of dq and dz added.
+    """
+    (m, h, d), (b, n) = q.shape, k.shape[:2]
+    s, t = split_tokens(b, n, h, m)
+    split = lambda x: jnp.pad(x, ((0, 0), (0, s * t - n), (0, 0), (0, 0))).reshape(b * s, t, h, d)
+    k, dy = (split(x) for x in drop(mask, k, dy))  # dy is zero at padding, and so is all else
+    k, q, z = widen(None, q, k, jnp.repeat(z, s, axis=0))
+    y, lse = sdpa(k, q, z, scale)
+    dy = jnp.pad(dy, ((0, 0), (0, 0), (0, 0), (0, y.shape[-1] - d)))
+    dk, dq, dz = sdpa_vjp(k, q, z, scale, y, lse, dy)
+    dk = drop(mask, dk.reshape(b, s * t, h, -1)[:, :n, :, :d])[0]
+    dq, dz = (x.astype(jnp.float32)[..., :d] for x in (dq, dz))
+    return dq.sum(0), dk, dz.reshape(b, s, m, h, d).sum(1)

@@ -71,7 +71,9 @@ _FEW = 132  # programs, one an SM of an H100
 # program, whose weight gradients are written once and never held, so one segment does.
 PLANS = {
     (32, "native", False): Plan(Tile(64, 4, 528, bias=False), ((5, Tile(64, 4, 264)),)),
-    (64, "native", False): Plan(Tile(64, 4, 396, bias=False), ((5, Tile(128, 8, 132, 1)),)),
+    (64, "native", False): Plan(
+        Tile(64, 4, 396, bias=False), ((3, Tile(64, 4, 264)), (2, Tile(64, 4, 264)))
+    ),
     (128, "native", False): Plan(
         Tile(128, 8, 132, bias=False),
         (
@@ -389,6 +391,9 @@ def _whole(shape):
 def _forward(spec: Spec, x, norm, sets):
     """One output [N, C] for each MLP of `sets` on the same x [N, C]."""
     tile = spec.plan.forward
+    several = spec.precision == "native" and x.shape[1] <= 64  # all weights fit on the chip
+    if len(sets) > 1 and tile.resident and not several:
+        return [_forward(spec, x, norm, (layers,))[0] for layers in sets]
     tokens = _Tokens(*x.shape, tile)
     kernel = functools.partial(_forward_kernel, spec=spec, tile=tile, tokens=tokens)
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype)] * len(sets)
