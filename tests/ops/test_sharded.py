@@ -132,7 +132,9 @@ def test_one_small_message_each_way(implementation):
         assert all(np.prod([int(s) for s in x.split("x")]) <= largest for x in sizes) and sizes
         return
     text = jax.jit(f).lower(q, k, k, k).compile().as_text()
-    moved = re.findall(r"= (\S+?)(?:\{\S*)? (all-gather|all-reduce|all-to-all|collective\S*)\(", text)
+    moved = re.findall(
+        r"= (\S+?)(?:\{\S*)? (all-gather|all-reduce|all-to-all|collective\S*)\(", text
+    )
     assert sorted(kind for _, kind in moved) == ["all-gather", "all-reduce"]
     for shape, _ in moved:
         sizes = [int(s) for s in re.search(r"\[([\d,]+)\]", shape)[1].split(",")]
@@ -168,9 +170,7 @@ def test_reductions_count_a_shared_loss_once(reduce):
         return jax.grad(lambda x: jnp.sum(jnp.sin(reduce(x, "tokens"))))(x)
 
     spec = P(None, "tokens")
-    f = jax.shard_map(
-        gradient, mesh=mesh_of(1, 4), in_specs=spec, out_specs=spec, check_vma=False
-    )
+    f = jax.shard_map(gradient, mesh=mesh_of(1, 4), in_specs=spec, out_specs=spec, check_vma=False)
     parts = x.reshape(1, 4, 2)
     whole_sum = jnp.cos(parts.sum(1, keepdims=True))
     want = jnp.broadcast_to(whole_sum, parts.shape).reshape(1, 8) if reduce is total else jnp.cos(x)
