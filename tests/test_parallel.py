@@ -1,15 +1,10 @@
 """Training over many devices gives what one device gives, and says what fits."""
 
-import dataclasses
 import functools
 import json
-import sys
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from flare_jax import parallel
 from flare_jax.models.flare import FLAREConfig

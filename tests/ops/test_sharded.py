@@ -133,7 +133,7 @@ def test_one_small_message_each_way(implementation):
         return
     text = jax.jit(f).lower(q, k, k, k).compile().as_text()
     moved = re.findall(
-        r"= (\S+?)(?:\{\S*)? (all-gather|all-reduce|all-to-all|collective\S*)\(", text
+        r"= (\S+?)(?:\{\S*)? (all-\w+|reduce-scatter|collective\S*)\(", text
     )
     assert sorted(kind for _, kind in moved) == ["all-gather", "all-reduce"]
     for shape, _ in moved:
