@@ -221,8 +221,8 @@ def problem_arguments(command: str, argv: list[str], training: bool = False):
                 "--mesh data=D,tokens=T  samples of a batch over D devices, points of each over T\n"
                 "    (default: all devices, as many on data as divide the batch)\n"
                 "--fsdp  parameters and optimizer state in parts over data\n"
-                "--distributed  this is one of several processes, started by SLURM, Open MPI or on\n"
-                "    the hosts of a TPU pod; elsewhere name them all:\n"
+                "--distributed  one of several processes, started by SLURM, Open MPI or on the\n"
+                "    hosts of a TPU pod; elsewhere name them all:\n"
                 "--coordinator HOST:PORT --num-processes N --process-id I\n"
             )
     return problem, options, rest

@@ -15,7 +15,9 @@ from flare_jax.train.config import TrainConfig, config_class
 from flare_jax.train.loop import fit
 from flare_jax.train.optimizer import OptimizerConfig
 
-MODEL = FLAREConfig(channel_dim=16, num_blocks=2, num_heads=2, num_latents=8, num_layers_ffn=0)
+LAYERS = ("k_proj", "v_proj", "ffn", "in_out_proj")
+SHALLOW = {f"num_layers_{name}": 0 for name in LAYERS}
+MODEL = FLAREConfig(channel_dim=16, num_blocks=2, num_heads=2, num_latents=8, **SHALLOW)
 CONFIG = config_class("darcy")(
     DarcyConfig(),
     MODEL,

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from flare_jax.models.layers import ACTIVATIONS, ResidualMLP, linear, norm, residual_mlps
-from flare_jax.ops.flare import IMPLEMENTATIONS, flare_attention, flare_decode, flare_encode
+from flare_jax.ops.flare import IMPLEMENTATIONS, flare_attention, flare_decode, pick
 from flare_jax.ops.sharded import flare_attention_shard
 
 
@@ -99,9 +99,9 @@ class FLAREMixer(nnx.Module):
 
     def encode(self, x, mask, norm) -> tuple[Float[Array, "B M H D"], Float[Array, "B M H"]]:
         """What all tokens need to know of these: z, and the log-sum-exp to merge it by."""
-        return flare_encode(
-            *self.project(x, (self.k_proj, self.v_proj), norm), mask=mask, **self.options
-        )
+        q, k, v = self.project(x, (self.k_proj, self.v_proj), norm)
+        ops = pick(self.config.implementation, q, k, v, mask)
+        return ops.encode(q, k, v, mask, self.config.attn_scale)  # in float32, to be merged
 
     def decode(self, x, z, mask, norm) -> Float[Array, "B N C"]:
         """The mixer's output at these tokens, given z of all tokens."""

@@ -132,9 +132,7 @@ def test_one_small_message_each_way(implementation):
         assert all(np.prod([int(s) for s in x.split("x")]) <= largest for x in sizes) and sizes
         return
     text = jax.jit(f).lower(q, k, k, k).compile().as_text()
-    moved = re.findall(
-        r"= (\S+?)(?:\{\S*)? (all-\w+|reduce-scatter|collective\S*)\(", text
-    )
+    moved = re.findall(r"= (\S+?)(?:\{\S*)? (all-\w+|reduce-scatter|collective\S*)\(", text)
     assert sorted(kind for _, kind in moved) == ["all-gather", "all-reduce"]
     for shape, _ in moved:
         sizes = [int(s) for s in re.search(r"\[([\d,]+)\]", shape)[1].split(",")]
