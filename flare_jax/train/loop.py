@@ -236,8 +236,9 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
     main = parallel.is_main()
     metrics = MetricsFile(folder / "metrics.jsonl" if main else Path(os.devnull), done)
     progress = progress_bar(None if main else Console(file=io.StringIO()))
-    status = {}
-    with contextlib.closing(metrics), progress, signals() as caught:
+    status, caught = {}, []
+    stopping = lambda: parallel.any_process(bool(caught))
+    with contextlib.closing(metrics), progress, signals(caught):
         bar = progress.add_task("", total=t.epochs, completed=done // per_epoch, status="")
         while done < steps:
             tick = time.perf_counter()
@@ -247,11 +248,10 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
             times.append((time.perf_counter() - tick) / length)
             check_finite(values, done, config, checkpoints)
             done += length
-            stop = parallel.any_process(bool(caught))
             line = {name: float(np.mean(x)) for name, x in values.items()}
             metrics.write(step=done, epoch=done / per_epoch, seconds=times[-1] * length, **line)
             status["loss"] = line["loss"]
-            if done % (per_epoch * t.eval_every) == 0 or done == steps or stop:
+            if done % (per_epoch * t.eval_every) == 0 or done == steps or stopping():
                 if valid is not None:
                     raw = errors(run.state.params, valid).mean(1)
                     averaged = errors(run.state.ema, valid).mean(1)
@@ -261,7 +261,7 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
                 checkpoints.save(done, run, plain)
             text = "  ".join(f"{name} {value:.4g}" for name, value in status.items())
             progress.update(bar, completed=done / per_epoch, status=text)
-            if stop:
+            if stopping() and checkpoints.latest == done:
                 raise Interrupted(f"stopped by a signal at step {done}; saved, resume to go on")
     seconds = time.perf_counter() - began
     return summarise(problem, config, folder, apply, run, seconds, times, mesh)
@@ -304,19 +304,18 @@ def check_finite(values: dict, done: int, config: Config, checkpoints: Checkpoin
 
 
 @contextlib.contextmanager
-def signals():
-    """Yields a list that is empty until SIGINT or SIGTERM arrives (main thread only)."""
-    caught = []
+def signals(caught: list[int]):
+    """Adds SIGINT and SIGTERM to `caught` when they arrive (main thread only)."""
     kinds = (signal.SIGINT, signal.SIGTERM)
     try:
         before = {
             kind: signal.signal(kind, lambda number, _: caught.append(number)) for kind in kinds
         }
     except ValueError:  # not the main thread: leave signals alone
-        yield caught
+        yield
         return
     try:
-        yield caught
+        yield
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
