@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flare_jax import __version__
+from flare_jax import __version__, parallel
 from flare_jax.ops.flare import DEFAULT, IMPLEMENTATIONS
 from flare_jax.plots import prediction_figure
 from flare_jax.predict import Surrogate, Which, load_run
@@ -67,6 +67,10 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str]) -> None:
     """Train a surrogate; makes or reads its data, writes a run folder with a figure."""
     problem, options, rest = problem_arguments("train", argv, training=True)
+    if options.distributed or options.coordinator or options.process_id is not None:
+        parallel.connect(options.coordinator, options.num_processes, options.process_id)
+        if options.out is None:
+            raise ValueError("several processes need one folder: name it with --out")
     folder = options.out or run_folder(problem, options.preset, options.resume)
     default = preset(problem, options.preset)
     if options.resume:
@@ -74,15 +78,16 @@ def train(argv: list[str]) -> None:
         values.pop("name")
         default = from_dict(config_class(problem), values)
     config = parse(config_class(problem), default, f"flare-jax train {problem}", rest)
-    device = jax.devices()[0]
-    console.print(f"{problem} on {jax.device_count()} x {device.device_kind}, into {folder}")
+    mesh = parallel.make_mesh(options.mesh, config.train.batch_size)
+    say = console.print if parallel.is_main() else lambda *_: None
+    say(f"{problem} on {parallel.describe(mesh)}, into {folder}")
     module, _ = PROBLEMS[problem]
     data = module.load(config.problem)
-    result = fit(data, config, folder, resume=options.resume)
-    surrogate = load_run(folder)
-    figure = folder / "figure.png"
-    draw_test_samples(figure, surrogate, data)
-    report(result, folder, figure)
+    result = fit(data, config, folder, resume=options.resume, mesh=mesh, fsdp=options.fsdp)
+    if parallel.is_main():
+        figure = folder / "figure.png"
+        draw_test_samples(figure, load_run(folder), data)
+        report(result, folder, figure)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -198,6 +203,12 @@ def problem_arguments(command: str, argv: list[str], training: bool = False):
     if training:
         parser.add_argument("--out", type=Path, help="folder of the run")
         parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+        parser.add_argument("--mesh", help="devices, such as data=2,tokens=4")
+        parser.add_argument("--fsdp", action="store_true", help="parameters in parts over data")
+        parser.add_argument("--distributed", action="store_true", help="one of several processes")
+        parser.add_argument("--coordinator", help="HOST:PORT of process 0")
+        parser.add_argument("--num-processes", type=int)
+        parser.add_argument("--process-id", type=int)
     options, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
         print(
@@ -208,6 +219,12 @@ def problem_arguments(command: str, argv: list[str], training: bool = False):
             print(
                 "--out FOLDER  of the run (default: a new one under runs/)\n"
                 "--resume  go on from the last checkpoint of --out or of the newest run\n"
+                "--mesh data=D,tokens=T  samples of a batch over D devices, points of each over T\n"
+                "    (default: all devices, as many on data as divide the batch)\n"
+                "--fsdp  parameters and optimizer state in parts over data\n"
+                "--distributed  one of several processes, started by SLURM, Open MPI or on the\n"
+                "    hosts of a TPU pod; elsewhere name them all:\n"
+                "--coordinator HOST:PORT --num-processes N --process-id I\n"
             )
     return problem, options, rest
 

@@ -3,22 +3,27 @@
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jaxtyping import Array, Bool, Float
 
 from flare_jax.models.functional import Params
 from flare_jax.problems.problem import Normalizer
-from flare_jax.train.checkpoint import CheckpointError, Checkpoints
+from flare_jax.stream import make_streamed
+from flare_jax.train.checkpoint import load
 from flare_jax.train.config import Config, config_class, from_dict
 from flare_jax.train.loop import MATMUL, build
 
+log = logging.getLogger(__name__)
+
 Which = Literal["best", "last", "ema"]
+CHUNK = 2**20  # points on the device at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +38,17 @@ class Surrogate:
     y_normalizer: Normalizer
 
     def __call__(
-        self, x: Float[Array, "n N in"], mask: Bool[Array, "n N"] | None = None
+        self,
+        x: Float[Array, "n N in"],
+        mask: Bool[Array, "n N"] | None = None,
+        *,
+        chunk: int = CHUNK,
     ) -> Float[np.ndarray, "n N O"]:
-        """Predicted fields in physical units, one sample at a time on the device."""
+        """Predicted fields in physical units, one sample at a time on the device.
+
+        A sample of more than `chunk` points goes through it in parts, see stream.py, which takes
+        longer and gives the same fields to rounding.
+        """
         x = np.asarray(x, np.float32)
         if x.ndim != 3 or x.shape[-1] != len(self.x_normalizer.mean):
             raise ValueError(
@@ -44,15 +57,26 @@ class Surrogate:
         if not np.isfinite(x if mask is None else x[np.asarray(mask)]).all():
             raise ValueError("x holds values that are not finite")
         masks = [None] * len(x) if mask is None else mask[:, None]
+        decoded = self._decoded
+        if x.shape[1] > chunk:
+            log.warning("%d points: streamed, %d at a time", x.shape[1], chunk)
+            decoded = self._streamed(chunk)
         with jax.default_matmul_precision(MATMUL[self.config.train.precision]):
             return np.concatenate(
-                [self._decoded(self.params, x[i : i + 1], m) for i, m in enumerate(masks)]
+                [decoded(self.params, x[i : i + 1], m) for i, m in enumerate(masks)]
             )
 
     @functools.cached_property
     def _decoded(self):
         encode, decode = self.x_normalizer.encode, self.y_normalizer.decode
         return jax.jit(lambda params, x, mask: decode(self.apply(params, encode(x), mask)))
+
+    def _streamed(self, chunk: int) -> Callable:
+        widths = len(self.x_normalizer.mean), len(self.y_normalizer.mean)
+        dtype = jnp.bfloat16 if self.config.train.precision == "bfloat16" else jnp.float32
+        streamed = make_streamed(self.config.model, *widths, chunk, dtype)
+        encode, decode = self.x_normalizer.encode, self.y_normalizer.decode
+        return lambda params, x, mask: decode(streamed(params, encode(x), mask))
 
 
 def load_run(folder: Path | str, which: Which = "best") -> Surrogate:
@@ -72,12 +96,7 @@ def load_run(folder: Path | str, which: Which = "best") -> Surrogate:
     values = json.loads((folder / "config.json").read_text())
     problem = values.pop("name")
     config = from_dict(config_class(problem), values)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        if checkpoints.latest is None:
-            raise CheckpointError(f"{folder} holds no checkpoint yet")
-        saved = checkpoints.manager.restore(
-            checkpoints.latest, args=ocp.args.Composite(state=ocp.args.StandardRestore())
-        )["state"]
+    saved = load(folder / "checkpoints")
     best, state = saved["best"], saved["state"]
     seed = int(np.argmin(best["error"]))
     if which == "best" and not np.isfinite(best["error"][seed]):

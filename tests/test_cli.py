@@ -9,7 +9,7 @@ from flare_jax.cli import main
 
 TINY = """--grid 9 --stride 1 --num-train 8 --num-valid 2 --num-test 4 --epochs 2 --eval-every 1
     --channel-dim 8 --num-blocks 1 --num-heads 1 --num-latents 4 --num-layers-ffn 0
-    --num-layers-k-proj 0 --num-layers-v-proj 0 --num-layers-in-out-proj 0"""
+    --num-layers-k-proj 0 --num-layers-v-proj 0 --num-layers-in-out-proj 0 --mesh data=1"""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_predict_writes_fields_and_a_picture(run, home):
 
 def test_resuming_a_finished_run_reports_it_again(run):
     before = json.loads((run / "result.json").read_text())["rel_l2"]
-    assert main(["train", "darcy", "--resume", "--out", str(run)]) == 0
+    assert main(["train", "darcy", "--resume", "--out", str(run), "--mesh", "data=1"]) == 0
     assert json.loads((run / "result.json").read_text())["rel_l2"] == before
 
 
@@ -84,6 +84,9 @@ def test_generate_and_info_run(capsys):
         ("train darcy --num-heads 5", 2, "num_heads must divide channel_dim"),
         ("train darcy --implementation magic", 2, "implementation must be of"),
         ("train darcy --data nowhere", 1, "data folder nowhere"),
+        ("train darcy --mesh data=3", 1, "data=3 must divide the batch of 2: with 8 devices"),
+        ("train darcy --mesh points=2", 1, "mesh must look like data=2,tokens=4"),
+        ("train darcy --process-id 1 --coordinator host:1", 1, "given together or not at all"),
         ("train darcy --resume --out nowhere", 1, "nowhere holds no run"),
         ("evaluate nowhere", 1, "nowhere holds no run"),
         ("predict nowhere x.npz", 1, "nowhere holds no run"),

@@ -6,6 +6,7 @@ Argument names and defaults are those of the authors' code.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from flare_jax.models.layers import ACTIVATIONS, ResidualMLP, linear, norm, residual_mlps
-from flare_jax.ops.flare import IMPLEMENTATIONS, flare_attention
+from flare_jax.ops.flare import IMPLEMENTATIONS, flare_attention, flare_decode, pick
+from flare_jax.ops.sharded import flare_attention_shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class FLAREConfig:
     rmsnorm: bool = False  # RMSNorm instead of LayerNorm
     qk_norm: bool = False  # normalise latent queries and keys over the head width
     act: str = "gelu"  # activation: gelu (tanh form) or silu
-    remat: bool = False  # recompute each block in the backward pass: less memory, more time
+    remat: bool = False  # keep only blocks' inputs for the backward pass: less memory, more time
     scan_blocks: bool = False  # stack the blocks' parameters and scan over them: compiles faster
     implementation: str | None = None  # of operator and MLPs; None: the best that applies
 
@@ -86,16 +88,39 @@ class FLAREMixer(nnx.Module):
         x: Float[Array, "B N C"],
         mask: Bool[Array, "B N"] | None = None,
         norm: nnx.Module | None = None,
+        axis_name: str | None = None,
     ) -> Float[Array, "B N C"]:
-        q = self.latent_q[...].astype(x.dtype)  # [M, H, D]
-        projections, implementation = (self.k_proj, self.v_proj), self.config.implementation
-        k, v = residual_mlps(x, projections, norm=norm, implementation=implementation)
-        k, v = (y.reshape(*y.shape[:2], *q.shape[1:]) for y in (k, v))  # [B, N, H, D]
+        q, k, v = self.project(x, (self.k_proj, self.v_proj), norm)
+        attention = flare_attention
+        if axis_name is not None:
+            attention = functools.partial(flare_attention_shard, axis_name=axis_name)
+        y = attention(q, k, v, mask=mask, **self.options)
+        return self.out_proj(y.reshape(x.shape))
+
+    def encode(self, x, mask, norm) -> tuple[Float[Array, "B M H D"], Float[Array, "B M H"]]:
+        """What all tokens need to know of these: z, and the log-sum-exp to merge it by."""
+        q, k, v = self.project(x, (self.k_proj, self.v_proj), norm)
+        ops = pick(self.config.implementation, q, k, v, mask)
+        return ops.encode(q, k, v, mask, self.config.attn_scale)  # in float32, to be merged
+
+    def decode(self, x, z, mask, norm) -> Float[Array, "B N C"]:
+        """The mixer's output at these tokens, given z of all tokens."""
+        q, k = self.project(x, (self.k_proj,), norm)
+        return self.out_proj(flare_decode(q, k, z, mask=mask, **self.options).reshape(x.shape))
+
+    def project(self, x, projections, norm) -> tuple[jax.Array, ...]:
+        """Latent queries [M, H, D] and the `projections` of x [B, N, H, D]."""
+        q, implementation = self.latent_q[...].astype(x.dtype), self.config.implementation
+        k, *v = residual_mlps(x, projections, norm=norm, implementation=implementation)
+        k, *v = (y.reshape(*y.shape[:2], *q.shape[1:]) for y in (k, *v))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        scale = self.config.attn_scale
-        y = flare_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
-        return self.out_proj(y.reshape(x.shape))
+        return q, k, *v
+
+    @property
+    def options(self) -> dict:
+        """Of the operator."""
+        return {"scale": self.config.attn_scale, "implementation": self.config.implementation}
 
 
 class FLAREBlock(nnx.Module):
@@ -109,9 +134,22 @@ class FLAREBlock(nnx.Module):
         self.implementation = config.implementation
 
     def __call__(
-        self, x: Float[Array, "B N C"], mask: Bool[Array, "B N"] | None = None
+        self,
+        x: Float[Array, "B N C"],
+        mask: Bool[Array, "B N"] | None = None,
+        axis_name: str | None = None,
     ) -> Float[Array, "B N C"]:
-        x = x + self.att(x, mask, norm=self.norm1)
+        return self.feed_forward(x + self.att(x, mask, norm=self.norm1, axis_name=axis_name))
+
+    def encode(self, x, mask) -> tuple[Float[Array, "B M H D"], Float[Array, "B M H"]]:
+        """First of two passes over parts of the tokens: see `FLAREMixer.encode`."""
+        return self.att.encode(x, mask, self.norm1)
+
+    def decode(self, x, z, mask) -> Float[Array, "B N C"]:
+        """Second pass: the block's output at these tokens, given z of all tokens."""
+        return self.feed_forward(x + self.att.decode(x, z, mask, self.norm1))
+
+    def feed_forward(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
         options = dict(norm=self.norm2, skip=True, implementation=self.implementation)
         return residual_mlps(x, [self.mlp], **options)[0]
 
@@ -158,23 +196,29 @@ class FLAREModel(nnx.Module):
         self.out_proj = OutputProjection(config, out_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B N I"], mask: Bool[Array, "B N"] | None = None
+        self,
+        x: Float[Array, "B N I"],
+        mask: Bool[Array, "B N"] | None = None,
+        axis_name: str | None = None,
     ) -> Float[Array, "B N O"]:
-        """Field values at every point; those of masked points mean nothing."""
+        """Field values at every point; those of masked points mean nothing.
+
+        Inside `jax.shard_map` with the points of each sample spread over the mesh axis `axis_name`,
+        x and mask are those of this device: everything but the mixing is computed apart.
+        """
         if x.ndim != 3 or x.shape[-1] != self.in_dim:
             raise ValueError(f"x must be [B, N, {self.in_dim}], got shape {tuple(x.shape)}")
         if mask is not None:  # whatever padding holds must not reach real points as a NaN
             x = jnp.where(mask[:, :, None], x, 0)
-        block = lambda block, x: block(x, mask)
-        if self.config.remat:
-            block = jax.checkpoint(block)
-        x = self.in_proj(x.astype(self.dtype))
+        call = jax.checkpoint if self.config.remat else lambda f: f
+        block = call(lambda block, x: block(x, mask, axis_name))
+        x = call(lambda f, x: f(x))(self.in_proj, x.astype(self.dtype))
         if self.config.scan_blocks:
             x, _ = jax.lax.scan(lambda x, b: (block(b, x), None), x, self.blocks)
         else:
             for b in self.blocks:
                 x = block(b, x)
-        return self.out_proj(x).astype(jnp.float32)
+        return call(lambda f, x: f(x))(self.out_proj, x).astype(jnp.float32)
 
 
 def residual_mlp(config: FLAREConfig, name: str, dtype, rngs: nnx.Rngs) -> ResidualMLP:

@@ -8,12 +8,12 @@ from flax import nnx
 Params = dict  # nested dict with string keys; leaves are arrays
 
 
-def functional(model: nnx.Module) -> tuple[Callable, Params]:
+def functional(model: nnx.Module, method: str = "__call__") -> tuple[Callable, Params]:
     """Splits a module into `apply(params, *args)` and `params`.
 
     `apply` is pure: it can be jitted, differentiated, vmapped and sharded with `jax` alone, and
     costs less Python time per call than `nnx.jit`. Keys of `params` follow the modules' attribute
-    names, `params["blocks"]["0"]["att"]["latent_q"]`.
+    names, `params["blocks"]["0"]["att"]["latent_q"]`. `method` is the one that `apply` calls.
 
     Raises:
         ValueError: the model holds state other than `nnx.Param`.
@@ -21,7 +21,7 @@ def functional(model: nnx.Module) -> tuple[Callable, Params]:
     graphdef, state = nnx.split(model, nnx.Param)
 
     def apply(params: Params, *args, **kwargs):
-        return nnx.merge(graphdef, _rename(params, _integer))(*args, **kwargs)
+        return getattr(nnx.merge(graphdef, _rename(params, _integer)), method)(*args, **kwargs)
 
     return apply, _rename(nnx.to_pure_dict(state), str)
 

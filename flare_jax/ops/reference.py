@@ -69,10 +69,15 @@ def decode(
 
 
 def encode_vjp(q, k, v, mask, scale, z, lse, dz, dlse=None):
-    """dq, dk, dv from the cotangents of z and lse."""
-    _, pullback = jax.vjp(lambda q, k, v: encode(q, k, v, mask, scale), q, k, v)
-    dlse = jnp.zeros_like(lse) if dlse is None else dlse
-    return pullback((dz.astype(z.dtype), dlse.astype(lse.dtype)))
+    """dq, dk, dv from the cotangents of z and lse, which may be those of more tokens.
+
+    These tokens' z_r and lse_r have the part w = exp(lse_r - lse) in z = w z_r + ..., so that
+    their cotangents are dz_r = w dz and dlse_r = w (dz.(z_r - z) + dlse).
+    """
+    (z_r, lse_r), pullback = jax.vjp(lambda q, k, v: encode(q, k, v, mask, scale), q, k, v)
+    w = jnp.exp(lse_r - jnp.where(jnp.isfinite(lse), lse, 0))
+    dlse_r = w * (jnp.sum(dz * (z_r - z), -1) + (0 if dlse is None else dlse))
+    return pullback(((w[..., None] * dz).astype(z_r.dtype), dlse_r.astype(lse_r.dtype)))
 
 
 def decode_vjp(q, k, z, mask, scale, dy):

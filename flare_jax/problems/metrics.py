@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from flare_jax.ops.sharded import total
+
 AnyArray = Array | np.ndarray  # NumPy on the host, jax on the device
 
 
@@ -11,6 +13,8 @@ def rel_l2(
     prediction: Float[AnyArray, "B N O"],
     target: Float[AnyArray, "B N O"],
     mask: Bool[AnyArray, "B N"] | None = None,
+    *,
+    axis_name: str | None = None,
 ) -> Float[Array, "B"]:
     """Relative L2 error of each sample, over its real points and all its fields.
 
@@ -20,6 +24,9 @@ def rel_l2(
     the gradient, whatever they hold. Sums are taken in float32 at least. The gradient is finite
     everywhere, zero where prediction and target agree; a target that is zero at every real point
     (a sample that is all padding, for one) gives the absolute error ||prediction_b||.
+
+    With the points of each sample spread over the devices along `axis_name` of a `jax.shard_map`,
+    every device gets the error over all points, and the gradient at its own.
     """
     if prediction.shape != target.shape or prediction.ndim != 3:
         raise ValueError(
@@ -33,12 +40,13 @@ def rel_l2(
             raise ValueError(f"mask is {list(mask.shape)}, fields are {list(target.shape)}")
         prediction = jnp.where(mask[..., None], prediction, 0)
         target = jnp.where(mask[..., None], target, 0)
-    scale = _norm(target)
-    return _norm(prediction - target) / jnp.where(scale > 0, scale, 1)
+    scale = _norm(target, axis_name)
+    return _norm(prediction - target, axis_name) / jnp.where(scale > 0, scale, 1)
 
 
-def _norm(x: Float[AnyArray, "B N O"]) -> Float[Array, "B"]:
+def _norm(x: Float[AnyArray, "B N O"], axis_name: str | None) -> Float[Array, "B"]:
     """L2 norm of each sample; its gradient at zero is zero rather than NaN."""
     square = jnp.sum(x * x, axis=(1, 2))
+    square = square if axis_name is None else total(square, axis_name)
     zero = square == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))

@@ -6,10 +6,12 @@ writes it under a temporary name and renames it, so that a process killed in the
 leaves the one before.
 """
 
+import contextlib
 import logging
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from flare_jax.train.config import differences
@@ -68,7 +70,7 @@ class Checkpoints:
         step = self.latest
         if step is None:
             raise CheckpointError(f"no checkpoint to resume from in {self.folder}")
-        saved = self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+        saved = self._read(step, config=ocp.args.JsonRestore())
         changed = differences(saved["config"], config)
         if changed:
             raise CheckpointError(
@@ -76,5 +78,44 @@ class Checkpoints:
                 f"(checkpoint -> now):\n  " + "\n  ".join(changed)
             )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self.manager.restore(step, args=items)["state"]
+        return self._read(step, state=ocp.args.StandardRestore(abstract))["state"]
+
+    def _read(self, step: int, **items):
+        with readable(self.folder, step):
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+
+
+def load(folder: Path) -> dict:
+    """The newest checkpoint's state, nested dicts of NumPy arrays, wherever it was saved.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    steps = steps_in(folder)
+    if not steps:
+        raise CheckpointError(f"{folder} holds no checkpoint")
+    path = Path(folder).absolute() / str(steps[-1]) / "state"
+    with readable(folder, steps[-1]):
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True)
+        metadata = handler.metadata(path)
+        as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
+        return handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_arrays))
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in a folder, in order: those half written have other names."""
+    return sorted(int(path.name) for path in Path(folder).glob("*") if path.name.isdecimal())
+
+
+@contextlib.contextmanager
+def readable(folder: Path, step: int):
+    """Turns whatever reading a damaged checkpoint raises into an error that says what to do."""
+    try:
+        yield
+    except Exception as error:  # missing, cut and overwritten files show as different ones
+        path = Path(folder).absolute() / str(step)
+        earlier = [s for s in steps_in(folder) if s < step]
+        kept = f"from step {earlier[-1]}" if earlier else "from the start, there is no earlier one"
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged: {error}; move it away to go on {kept}"
+        ) from error

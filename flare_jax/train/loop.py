@@ -3,12 +3,15 @@
 Every array of a run has a leading axis of seeds, trained together by `vmap`. The samples live on
 the device; one call runs a `lax.scan` over a chunk of an epoch's steps. The order of an epoch is
 a permutation drawn from (seed, epoch) alone, so a resumed run sees what an undisturbed one sees.
+On many devices the same code runs on arrays spread over them: see `parallel.py`.
 """
 
 import contextlib
 import functools
+import io
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -19,12 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
 
+from flare_jax import parallel
 from flare_jax.models.flare import FLAREModel
 from flare_jax.models.functional import Params, functional, num_parameters
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import Normalizer, Problem, Split
-from flare_jax.train.checkpoint import Checkpoints
+from flare_jax.train.checkpoint import CheckpointError, Checkpoints
 from flare_jax.train.config import Config, to_dict
 from flare_jax.train.log import MetricsFile, progress_bar
 from flare_jax.train.optimizer import make_optimizer
@@ -89,11 +95,14 @@ def start(problem: Problem, config: Config, tx) -> tuple[Callable, Run]:
     )
 
 
-def make_chunk(train_step: Callable, num_samples: int, batch_size: int, length: int) -> Callable:
+def make_chunk(
+    train_step: Callable, num_samples: int, batch_size: int, length: int, **options
+) -> Callable:
     """Jits `(state, key data, samples) -> (state, metrics [seeds, length])`.
 
     Takes the next `length` steps of an epoch, `length` dividing its steps. An epoch uses each
-    sample once; those left over by the batch size are other ones every time.
+    sample once; those left over by the batch size are other ones every time. `options` are those
+    of `jax.jit`.
     """
     per_epoch = num_samples // batch_size
 
@@ -106,23 +115,32 @@ def make_chunk(train_step: Callable, num_samples: int, batch_size: int, length: 
         take = lambda rows: jax.tree.map(lambda a: a[rows], samples)
         return jax.lax.scan(lambda state, rows: train_step(state, take(rows)), state, rows)
 
-    return jax.jit(jax.vmap(chunk, in_axes=(0, 0, None)), donate_argnums=0)
+    return jax.jit(jax.vmap(chunk, in_axes=(0, 0, None)), donate_argnums=0, **options)
 
 
-def make_errors(apply: Callable, y_normalizer: Normalizer, samples: Split) -> Callable:
+def make_errors(
+    apply: Callable, y_normalizer: Normalizer, samples: Split, mesh: Mesh | None = None
+) -> Callable:
     """Jits `(params of all seeds, samples) -> rel-L2 [seeds, n]` of each sample, in batches."""
     count, points = samples.y.shape[:2]
-    size = max(1, min(count, EVAL_TOKENS // points))
-
+    devices, ranks = (1, 1) if mesh is None else (mesh.size, mesh.shape[parallel.DATA])
+    size = max(1, min(count, EVAL_TOKENS * devices // points))
+    size = -(-size // ranks) * ranks
     batches = -(-count // size)
+    metric = parallel.loss_over(rel_l2, mesh, points)
+
+    def batch_errors(params, s):
+        prediction = y_normalizer.decode(parallel.model_over(apply, mesh)(params, s.x, s.mask))
+        return metric(prediction, s.y, s.mask)
 
     def errors(params, samples):
         rows = jnp.arange(batches * size).reshape(batches, size) % count
         samples = jax.tree.map(lambda a: a[rows], samples)
-        predict = lambda s: y_normalizer.decode(apply(params, s.x, s.mask))
-        return jax.lax.map(lambda s: rel_l2(predict(s), s.y, s.mask), samples).ravel()[:count]
+        of = functools.partial(parallel.over_samples(batch_errors, mesh), params)
+        return jax.lax.map(of, samples).ravel()[:count]
 
-    return jax.jit(jax.vmap(errors, in_axes=(0, None)))
+    options = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
+    return jax.jit(jax.vmap(errors, in_axes=(0, None)), **options)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -138,56 +156,89 @@ def better(best: Best, state: TrainState, raw: jax.Array, averaged: jax.Array) -
     return best
 
 
-def fit(problem: Problem, config: Config, folder: Path, *, resume: bool = False) -> dict:
+def fit(
+    problem: Problem,
+    config: Config,
+    folder: Path,
+    *,
+    resume: bool = False,
+    mesh: Mesh | None = None,
+    fsdp: bool = False,
+) -> dict:
     """Trains, and returns and writes the summary `result.json`.
 
     Args:
         problem: samples, normalisers and loss.
         config: everything that decides the numbers.
-        folder: gets config.json, metrics.jsonl, checkpoints/ and result.json.
+        folder: gets config.json, metrics.jsonl, checkpoints/ and result.json. Several processes
+            share it.
         resume: continue from the newest checkpoint, to the numbers of a run that never stopped.
+        mesh: devices to train on, from `parallel.make_mesh`; None is one device.
+        fsdp: keep parameters and optimizer state in parts over the mesh's "data" axis.
 
     Raises:
         NonFiniteError: names step, learning rate, seed and the last good checkpoint.
         CheckpointError: the folder cannot be written, or holds another configuration.
         Interrupted: after a signal, once the state is saved.
-        ValueError: the batch is larger than the training split, or the folder holds a run.
+        ValueError: the batch is larger than the training split, the folder holds a run, or the
+            mesh does not divide the batch.
     """
     t, samples = config.train, len(problem.train.x)
     if t.batch_size > samples:
         raise ValueError(f"batch_size must be at most the {samples} samples, got {t.batch_size}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if mesh is not None and t.batch_size % mesh.shape[parallel.DATA]:
+        raise ValueError(
+            f"data={mesh.shape[parallel.DATA]} of the mesh must divide the batch of {t.batch_size}"
+        )
+    folder = writable(folder)
     checkpoints = Checkpoints(folder / "checkpoints")
     if checkpoints.latest is not None and not resume:
         raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
     with checkpoints, jax.default_matmul_precision(MATMUL[t.precision]):
-        return _fit(problem, config, folder, checkpoints, resume)
+        return _fit(problem, config, folder, checkpoints, resume, mesh, fsdp)
 
 
-def _fit(problem, config, folder, checkpoints, resume) -> dict:
+def writable(folder: Path | str) -> Path:
+    """The folder, made if need be; raises CheckpointError if it cannot be written."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if parallel.is_main():
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"cannot write into {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
     t, plain = config.train, {"name": problem.name, **to_dict(config)}
     plain["problem"].pop("cache", None)  # where generated samples are kept decides nothing
     per_epoch = len(problem.train.x) // t.batch_size
     steps = t.epochs * per_epoch
     tx = make_optimizer(config.optimizer, steps)
     apply, run = start(problem, config, tx)
+    if mesh is not None:
+        run = parallel.place(run, mesh, parallel.parameter_specs(run, mesh, fsdp))
     if resume:
         run = checkpoints.restore(run, plain)
-    (folder / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
+    if parallel.is_main():
+        (folder / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
 
-    loss = surrogate_loss(apply, problem.loss, run.y_normalizer)
-    train_step = make_train_step(loss, tx, config.optimizer.ema_decay)
-    length = max(d for d in range(1, min(per_epoch, t.chunk_steps) + 1) if per_epoch % d == 0)
-    chunk = make_chunk(train_step, len(problem.train.x), t.batch_size, length)
-    samples = jax.device_put(problem.train)
-    valid = None if problem.valid is None else jax.device_put(problem.valid)
-    errors = None if valid is None else make_errors(apply, run.y_normalizer, valid)
+    chunk, length = make_steps(problem, config, tx, apply, run, mesh, fsdp)
+    samples = parallel.place_samples(problem.train, mesh)
+    valid = None if problem.valid is None else parallel.place_samples(problem.valid, mesh)
+    y_normalizer = jax.tree.map(np.asarray, run.y_normalizer)
+    errors = None if valid is None else make_errors(apply, y_normalizer, valid, mesh)
 
     done, times, began = int(run.state.step[0]), [], time.perf_counter()
-    metrics, progress = MetricsFile(folder / "metrics.jsonl", done), progress_bar()
-    status = {}
-    with contextlib.closing(metrics), progress, signals() as stop:
+    main = parallel.is_main()
+    metrics = MetricsFile(folder / "metrics.jsonl" if main else Path(os.devnull), done)
+    progress = progress_bar(None if main else Console(file=io.StringIO()))
+    status, caught = {}, []
+    stopping = lambda: parallel.any_process(bool(caught))
+    with contextlib.closing(metrics), progress, signals(caught):
         bar = progress.add_task("", total=t.epochs, completed=done // per_epoch, status="")
         while done < steps:
             tick = time.perf_counter()
@@ -200,7 +251,7 @@ def _fit(problem, config, folder, checkpoints, resume) -> dict:
             line = {name: float(np.mean(x)) for name, x in values.items()}
             metrics.write(step=done, epoch=done / per_epoch, seconds=times[-1] * length, **line)
             status["loss"] = line["loss"]
-            if done % (per_epoch * t.eval_every) == 0 or done == steps or stop:
+            if done % (per_epoch * t.eval_every) == 0 or done == steps or stopping():
                 if valid is not None:
                     raw = errors(run.state.params, valid).mean(1)
                     averaged = errors(run.state.ema, valid).mean(1)
@@ -210,10 +261,30 @@ def _fit(problem, config, folder, checkpoints, resume) -> dict:
                 checkpoints.save(done, run, plain)
             text = "  ".join(f"{name} {value:.4g}" for name, value in status.items())
             progress.update(bar, completed=done / per_epoch, status=text)
-            if stop:
+            if stopping() and checkpoints.latest == done:
                 raise Interrupted(f"stopped by a signal at step {done}; saved, resume to go on")
     seconds = time.perf_counter() - began
-    return summarise(problem, config, folder, apply, run, seconds, times)
+    return summarise(problem, config, folder, apply, run, seconds, times, mesh)
+
+
+def make_steps(problem, config, tx, apply, run, mesh, fsdp) -> tuple[Callable, int]:
+    """`make_chunk`'s function for this run, and the steps that one call of it takes."""
+    t = config.train
+    num_samples, points = problem.train.y.shape[:2]
+    loss = surrogate_loss(
+        parallel.model_over(apply, mesh),
+        parallel.loss_over(problem.loss, mesh, points),
+        jax.tree.map(np.asarray, run.y_normalizer),
+    )
+    value_and_grad = parallel.value_and_grad(mesh, fsdp)
+    train_step = make_train_step(loss, tx, config.optimizer.ema_decay, value_and_grad)
+    per_epoch = num_samples // t.batch_size
+    length = max(d for d in range(1, min(per_epoch, t.chunk_steps) + 1) if per_epoch % d == 0)
+    options = {}
+    if mesh is not None:
+        state = jax.tree.map(lambda x: x.sharding, run.state)
+        options["out_shardings"] = state, NamedSharding(mesh, PartitionSpec())
+    return make_chunk(train_step, num_samples, t.batch_size, length, **options), length
 
 
 def check_finite(values: dict, done: int, config: Config, checkpoints: Checkpoints) -> None:
@@ -233,28 +304,27 @@ def check_finite(values: dict, done: int, config: Config, checkpoints: Checkpoin
 
 
 @contextlib.contextmanager
-def signals():
-    """Yields a list that is empty until SIGINT or SIGTERM arrives (main thread only)."""
-    caught = []
+def signals(caught: list[int]):
+    """Adds SIGINT and SIGTERM to `caught` when they arrive (main thread only)."""
     kinds = (signal.SIGINT, signal.SIGTERM)
     try:
         before = {
             kind: signal.signal(kind, lambda number, _: caught.append(number)) for kind in kinds
         }
     except ValueError:  # not the main thread: leave signals alone
-        yield caught
+        yield
         return
     try:
-        yield caught
+        yield
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
 
-def summarise(problem, config, folder, apply, run, seconds, times) -> dict:
+def summarise(problem, config, folder, apply, run, seconds, times, mesh) -> dict:
     """Test errors of the chosen, last and averaged parameters, and what the run cost."""
-    test = jax.device_put(problem.test)
-    errors = make_errors(apply, run.y_normalizer, test)
+    test = parallel.place_samples(problem.test, mesh)
+    errors = make_errors(apply, jax.tree.map(np.asarray, run.y_normalizer), test, mesh)
     candidates = {"last": run.state.params, "ema": run.state.ema}
     if problem.valid is not None:
         candidates["best"] = run.best.params
@@ -275,6 +345,7 @@ def summarise(problem, config, folder, apply, run, seconds, times) -> dict:
         "seconds": seconds,
         "peak_bytes": memory.get("peak_bytes_in_use"),
         "device": jax.devices()[0].device_kind,
+        "mesh": None if mesh is None else dict(mesh.shape),
         "precision": config.train.precision,
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
@@ -282,5 +353,6 @@ def summarise(problem, config, folder, apply, run, seconds, times) -> dict:
     }
     if not math.isfinite(result["test_rel_l2"]):
         raise NonFiniteError(f"the test error is {result['test_rel_l2']}")
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    if parallel.is_main():
+        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result

@@ -38,9 +38,14 @@ def surrogate_loss(apply: Callable, loss: Callable, y_normalizer: Normalizer) ->
 
 
 def make_train_step(
-    loss_fn: Callable, tx: optax.GradientTransformation, ema_decay: float = 0.999
+    loss_fn: Callable,
+    tx: optax.GradientTransformation,
+    ema_decay: float = 0.999,
+    value_and_grad: Callable = jax.value_and_grad,
 ) -> Callable:
     """Jits `(state, batch) -> (state, metrics)` for `loss_fn(params, batch) -> scalar`.
+
+    `value_and_grad` differentiates it; `parallel.value_and_grad` on many devices.
 
     Metrics: the loss, the gradient norm before clipping, and the learning rate and beta1 (b1) as
     used in this step where they follow a schedule. The state passed in is donated: its buffers are
@@ -48,7 +53,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict]:
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
+        loss, grads = value_and_grad(loss_fn)(state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - ema_decay)

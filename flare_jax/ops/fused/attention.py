@@ -72,16 +72,25 @@ def decode_vjp(q, k, z, mask, scale, dy):
     return dq, dk, jnp.sum(parts, axis=1).reshape(z.shape)
 
 
-def attention_fwd(q, k, v, mask, scale):
-    """y [B, N, H, D] and the residuals, O(B (N + M) C)."""
+def attention_fwd(q, k, v, mask, scale, merge=None):
+    """y [B, N, H, D] and the residuals, O(B (N + M) C).
+
+    Where other devices hold more tokens, `merge(z, lse)` returns z and lse of all.
+    """
     z, lse = encode(q, k, v, mask, scale)
+    if merge is not None:
+        z, lse = merge(z, lse)
     y, lse_n = _decode(q, k, z, mask, scale, True)
     return y, (q, k, v, mask, z, lse, y, lse_n)
 
 
-def attention_bwd(scale, residuals, dy):
-    """dq, dk, dv in two passes over the tokens, one exponential a score each."""
+def attention_bwd(scale, residuals, dy, gather=None):
+    """dq, dk, dv in two passes over the tokens, one exponential a score each.
+
+    Where other devices hold more tokens, `gather(*arrays [B, ...])` returns each of all devices,
+    [B, devices, ...].
+    """
     q, k, v, mask, z, lse, y, lse_n = residuals
     arrays = {"q": q, "k": k, "dy": dy, "z": z, "lse_n": lse_n, "v": v, "lse_m": lse}
-    arrays |= dz_merged(q, k, mask, y, lse_n, dy, scale, z, lse)
+    arrays |= dz_merged(q, k, mask, y, lse_n, dy, scale, z, lse, gather)
     return gradients("shared", scale, mask, arrays)

@@ -398,16 +398,19 @@ def dz_parts(q, k, mask, y, lse_n, dy, scale):
     return parts, d1
 
 
-@traced_once(6)
-def dz_merged(q, k, mask, y, lse_n, dy, scale, z, lse):
-    """By name: dz [B, M, H, D], b dz, d2, b d2, c, whether both exponentials are needed; and d1."""
-    out, d1 = _dz(q, k, mask, y, lse_n, dy, scale, (flat(z), lse))
+@traced_once(6, 9)
+def dz_merged(q, k, mask, y, lse_n, dy, scale, z, lse, gather):
+    """By name: dz [B, M, H, D], b dz, d2, b d2, c, whether both exponentials are needed; and d1.
+
+    dz, c and "wide" are those of all devices' tokens where `gather` gathers their parts.
+    """
+    out, d1 = _dz(q, k, mask, y, lse_n, dy, scale, (flat(z), lse), gather)
     names = ("dz", "bdz", "d2", "bd2", "c", "wide")
     out = dict(zip(names, out, strict=True), d1=d1)
     return out | {"dz": out["dz"].reshape(z.shape)}
 
 
-def _dz(q, k, mask, y, lse_n, dy, scale, encoded=None):
+def _dz(q, k, mask, y, lse_n, dy, scale, encoded=None, gather=None):
     """(partial dz and the largest L' [B, splits, H], d1); given z and L_m what `_finish_dz` has."""
     dtype = compute_dtype(k.dtype)
     shape = describe(q, k, dtype)
@@ -422,7 +425,7 @@ def _dz(q, k, mask, y, lse_n, dy, scale, encoded=None):
     )
     f32 = lambda *sizes: jax.ShapeDtypeStruct((shape.b, *sizes), jnp.float32)
     latents, stats = specs.latents(), specs.latent_stats()
-    final = encoded is not None and splits == 1
+    final = encoded is not None and gather is None and splits == 1
     finished = dict(
         out_specs=[latents, latents, stats, stats, specs.head(), specs.head()],
         out_shape=[jax.ShapeDtypeStruct(f32(shape.m, shape.h * shape.d).shape, dtype)] * 2
@@ -461,6 +464,9 @@ def _dz(q, k, mask, y, lse_n, dy, scale, encoded=None):
     )(flat(q), flat(k), flat(dy), flat(y), lse_n, *masks, *(encoded if final else ()))
     if final or encoded is None:
         return out, d1
+    if gather is not None:  # a device is a split
+        out = gather(jnp.sum(out[0], axis=1), jnp.max(out[1], axis=1))
+        splits = out[0].shape[1]
     rows = min(8, pow2(shape.m))
     out = pallas_call(
         functools.partial(

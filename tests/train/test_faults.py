@@ -1,0 +1,128 @@
+"""Whatever stops a run, the last good checkpoint is there and the run ends as if undisturbed."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_loop import CONFIG, last_state, toy, whole  # noqa: F401  (whole is a fixture)
+
+from flare_jax import predict
+from flare_jax.train.checkpoint import CheckpointError, Checkpoints
+from flare_jax.train.loop import Interrupted, fit
+
+TESTS = Path(__file__).parents[1]
+
+# One process imports everything and forks a run for each kill, before it touches a device.
+KILLER = """
+import os, pathlib, random, signal, sys, time, warnings
+warnings.simplefilter("ignore")  # jax warns of any fork
+kills, folder, cache = int(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3]
+import jax
+jax.config.update("jax_compilation_cache_dir", cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+import test_loop
+from flare_jax.train.checkpoint import steps_in
+moment = random.Random(kills)
+
+def lines():
+    file = folder / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+killed = 0
+while killed < kills:
+    before, pid = lines(), os.fork()
+    if not pid:
+        resume = bool(steps_in(folder / "checkpoints"))
+        test_loop.fit(test_loop.toy(), test_loop.CONFIG, folder, resume=resume)
+        os._exit(0)
+    limit = time.time() + 60
+    while lines() in (0, before) and time.time() < limit:  # until it has taken steps
+        time.sleep(0.002)
+    time.sleep(moment.uniform(0, 0.4))
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    killed += 1
+    print(killed, steps_in(folder / "checkpoints"), lines(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_like_one_undisturbed(whole, tmp_path, kills):  # noqa: F811
+    paths = [TESTS.parent, TESTS, TESTS / "train"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    cache = jax.config.jax_compilation_cache_dir
+    command = [sys.executable, "-c", KILLER, str(kills), str(tmp_path), cache]
+    done = subprocess.run(command, capture_output=True, env=env, timeout=600, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == kills, done.stderr[-2000:]
+    saved = any(p.name.isdecimal() for p in (tmp_path / "checkpoints").iterdir())
+    result = fit(toy(), CONFIG, tmp_path, resume=saved)
+    assert result["rel_l2"] == whole[1]["rel_l2"]
+    jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path), last_state(whole[0]))
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A run that a signal stopped after its second checkpoint, of step 24."""
+    save = Checkpoints.save
+
+    def stop_after(self, step, *args):
+        save(self, step, *args)
+        if step == 24:
+            os.kill(os.getpid(), 15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stop_after)
+        with pytest.raises(Interrupted, match="step 24"):
+            fit(toy(), CONFIG, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "overwritten"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(stopped, whole, damage):  # noqa: F811
+    checkpoints = stopped / "checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["12", "24"]
+    for file in (checkpoints / "24" / "state").rglob("*"):
+        if file.is_file():
+            data = file.read_bytes()
+            if damage == "missing":
+                file.unlink()
+            elif damage == "cut":
+                file.write_bytes(data[: len(data) // 2])
+            else:
+                file.write_bytes(bytes(len(data)))
+    message = r"checkpoints/24 is damaged: .*; move it away to go on from step 12"
+    for read in (lambda: fit(toy(), CONFIG, stopped, resume=True), lambda: predict.load_run(stopped)):
+        with pytest.raises(CheckpointError, match=rf"(?s){message}"):
+            read()
+    shutil.move(checkpoints / "24", stopped / "damaged")
+    assert predict.load_run(stopped).params
+    if damage == "cut":
+        assert fit(toy(), CONFIG, stopped, resume=True)["rel_l2"] == whole[1]["rel_l2"]
+
+
+# orbax abandons the other writes of a save that failed
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(stopped, whole):  # noqa: F811
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # no file grows beyond 4 kB
+    try:
+        with pytest.raises(CheckpointError, match=r"(?s)step 36 into .*; step 24 is intact"):
+            fit(toy(), CONFIG, stopped, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert predict.load_run(stopped).params
+    assert fit(toy(), CONFIG, stopped, resume=True)["rel_l2"] == whole[1]["rel_l2"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write into .*file/run: Not a directory"):
+        fit(toy(), CONFIG, tmp_path / "file" / "run")
