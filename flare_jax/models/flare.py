@@ -87,15 +87,22 @@ class FLAREMixer(nnx.Module):
         mask: Bool[Array, "B N"] | None = None,
         norm: nnx.Module | None = None,
     ) -> Float[Array, "B N C"]:
+        q, k, v = self.project(x, norm)
+        options = dict(scale=self.config.attn_scale, implementation=self.config.implementation)
+        y = flare_attention(q, k, v, mask=mask, **options)
+        return self.out_proj(y.reshape(x.shape))
+
+    def project(
+        self, x: Float[Array, "B N C"], norm: nnx.Module | None = None
+    ) -> tuple[Float[Array, "M H D"], Float[Array, "B N H D"], Float[Array, "B N H D"]]:
+        """Latent queries, keys and values: what the operator mixes."""
         q = self.latent_q[...].astype(x.dtype)  # [M, H, D]
-        projections, implementation = (self.k_proj, self.v_proj), self.config.implementation
-        k, v = residual_mlps(x, projections, norm=norm, implementation=implementation)
+        options = dict(norm=norm, implementation=self.config.implementation)
+        k, v = residual_mlps(x, (self.k_proj, self.v_proj), **options)
         k, v = (y.reshape(*y.shape[:2], *q.shape[1:]) for y in (k, v))  # [B, N, H, D]
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        scale = self.config.attn_scale
-        y = flare_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
-        return self.out_proj(y.reshape(x.shape))
+        return q, k, v
 
 
 class FLAREBlock(nnx.Module):
