@@ -25,6 +25,10 @@ from flare_jax.predict import Surrogate
 from flare_jax.train.loop import MATMUL
 
 THRESHOLDS = (0.5, 0.1, 1e-2, 1e-4)  # eigenvalues above them are counted
+CAPTION = (
+    "medians over samples and heads; rank: exp of the entropy of the eigenvalues λ; "
+    f"averaging: heads with λ₂ < {AVERAGING:g}"
+)
 
 
 class ModelSpectra(NamedTuple):
@@ -108,8 +112,8 @@ def summary(spectra: ModelSpectra) -> list[dict]:
 
 def summary_table(rows: list[dict], title: str) -> Table:
     """The summary as a table for the terminal."""
-    table = Table(title=title, caption="medians over samples and heads")
-    for name in ("block", "effective rank", "λ₂", f"heads with λ₂ < {AVERAGING:g}"):
+    table = Table(title=title, caption=CAPTION)
+    for name in ("block", "rank", "λ₂", "averaging"):
         table.add_column(name, justify="right")
     for threshold in THRESHOLDS:
         table.add_column(f"λ > {threshold:g}", justify="right")
