@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 from rich.table import Table
 
-from flare_jax.models.flare import FLAREModel
+from flare_jax.models.flare import FLAREConfig, FLAREModel
 from flare_jax.models.functional import functional
 from flare_jax.ops.spectrum import (
     AVERAGING,
@@ -71,22 +71,27 @@ def model_spectra(
 
     The model runs in its own precision; the spectra of its queries and keys are in float64.
     """
-    config = surrogate.config
+    config, encode = surrogate.config, surrogate.x_normalizer.encode
     widths = len(surrogate.x_normalizer.mean), len(surrogate.y_normalizer.mean)
     dtype = "bfloat16" if config.train.precision == "bfloat16" else "float32"
-    make = lambda: FLAREModel(config.model, *widths, dtype=dtype, rngs=nnx.Rngs(0))
-    apply, _ = functional(nnx.eval_shape(make), queries_and_keys)
-    x, scale = surrogate.x_normalizer.encode(np.asarray(x, np.float32)), config.model.attn_scale
     with jax.default_matmul_precision(MATMUL[config.train.precision]):
-        pairs = jax.jit(apply)(surrogate.params, x, mask)
-    spectrum = jax.jit(functools.partial(mixing_spectrum, scale=scale, num_vectors=num_vectors))
+        x = encode(np.asarray(x, np.float32))
+        pairs = _projection(config.model, *widths, dtype)(surrogate.params, x, mask)
+    options = dict(mask=mask, scale=config.model.attn_scale, num_vectors=num_vectors)
     with jax.enable_x64(True):
-        found = [
-            spectrum(*(np.asarray(a).astype(np.float64) for a in pair), mask=mask) for pair in pairs
-        ]
-    return ModelSpectra(
-        *(np.stack([np.asarray(a) for a in part]) for part in zip(*found, strict=True))
-    )
+        wide = lambda a: np.asarray(a).astype(np.float64)
+        found = [_spectrum(wide(q), wide(k), **options) for q, k in pairs]
+    stack = lambda arrays: np.stack([np.asarray(a) for a in arrays])
+    return ModelSpectra(*map(stack, zip(*found, strict=True)))
+
+
+@functools.cache  # spectra of one model at several times compile once
+def _projection(config: FLAREConfig, in_dim: int, out_dim: int, dtype: str):
+    make = lambda: FLAREModel(config, in_dim, out_dim, dtype=dtype, rngs=nnx.Rngs(0))
+    return jax.jit(functional(nnx.eval_shape(make), queries_and_keys)[0])
+
+
+_spectrum = jax.jit(mixing_spectrum, static_argnames=("scale", "num_vectors"))
 
 
 def summary(spectra: ModelSpectra) -> list[dict]:
