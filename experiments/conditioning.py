@@ -312,7 +312,7 @@ def figure(path: Path, rows: list[dict]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     kinds = {"y": lambda x: x["y"], "worst of dq, dk, dv": worst}
     markers = dict(zip((*IMPLEMENTATIONS, "naive"), "osd^x", strict=True))
-    colours = dict(zip(PRECISIONS, ("C0", "C2", "C3", "C1"), strict=True))
+    colours = {"float32": "C0", "tf32": "C2", "bfloat16": "C3", "float16": "C1"}
     for axis, (title, value) in zip(axes, kinds.items(), strict=True):
         for name, precision in columns_of(rows):
             points = [

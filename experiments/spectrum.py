@@ -191,8 +191,8 @@ def main(arguments=None) -> list[dict]:
     if args.smoke:
         base = dict(channel_dim=8, num_heads=1, num_latents=4, num_blocks=1)
         data = dict(grid=9, stride=1, num_train=4, num_valid=0, num_test=2)
-        sweeps = {"latents M": [dict(num_latents=2)], "points N": [dict(stride=2)]}
-        settings = dict(base=base, data=data, sweeps=sweeps, strides=(1, 2))
+        sweeps = {"latents M": [dict(num_latents=2)]}
+        settings = dict(base=base, data=data, sweeps=sweeps, strides=(2,))
         args.seeds, args.epochs = 1, 1
     rows = run(args.seeds, args.epochs, **settings)
     show(rows)
