@@ -62,7 +62,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def number(x, form: str = ".3g", factor: float = 1.0) -> str:
-    return DASH if x is None else format(factor * x, form)
+    if x is None:
+        return DASH
+    return f"{factor * x:,.0f}" if abs(factor * x) >= 1000 else format(factor * x, form)
 
 
 def error(mean: float | None, spread: float | None = None) -> str:
