@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float
 
 from flare_jax.ops import xla
 from flare_jax.ops.flare import check
-from flare_jax.ops.reference import scores
+from flare_jax.ops.reference import drop, scores
 
 AVERAGING = 1e-2  # second eigenvalue below which a head is said to average
 
@@ -115,6 +115,24 @@ def averaging_heads(
 ) -> Bool[Array, "*any"]:
     """True where W does little but average: its second eigenvalue is below `tolerance`."""
     return second_eigenvalue(eigenvalues) < tolerance
+
+
+def encode_weights(
+    q: Float[Array, "M H D"],
+    k: Float[Array, "B N H D"],
+    *,
+    mask: Bool[Array, "B N"] | None = None,
+    scale: float = 1.0,
+) -> Float[Array, "B H M N"]:
+    """Which points each latent gathers from: E = softmax(scale q k^T, over N), rows sum to one.
+
+    Dense, for pictures: give it the latents to draw, q[some]. Arguments as in `flare_attention`.
+    """
+    check(q, k, mask, scale)
+    lse = xla.encode(q, k, k, mask, scale)[1].swapaxes(1, 2)[..., None]  # [B, H, M, 1]
+    (k,) = drop(mask, k)
+    weights = jnp.exp(scores(q, k, scale) - jnp.where(jnp.isfinite(lse), lse, 0))
+    return weights if mask is None else jnp.where(mask[:, None, None, :], weights, 0)
 
 
 def _gram(q, k, mask, scale, lse):

@@ -9,7 +9,13 @@ import pytest
 import scipy.special
 
 from flare_jax.ops import spectrum, xla
-from flare_jax.ops.spectrum import averaging_heads, effective_rank, mixing_spectrum
+from flare_jax.ops.flare import flare_encode
+from flare_jax.ops.spectrum import (
+    averaging_heads,
+    effective_rank,
+    encode_weights,
+    mixing_spectrum,
+)
 
 B, N, M, H, D = 2, 37, 6, 2, 4
 SCALE = 0.7
@@ -106,6 +112,17 @@ def test_huge_scores_are_not_clamped():
         np.abs(np.linalg.eigvals(encode @ decode.swapaxes(1, 2)).real.sum(-1) - want.sum(-1)).max()
         > 1
     )
+
+
+def test_encode_weights_are_those_of_the_operator():
+    q, k, mask = inputs(masked=True)
+    q, k, v = (x.astype(np.float32) for x in (q, k, k))
+    weights = encode_weights(q[:3], k, mask=mask, scale=SCALE)
+    z, _ = flare_encode(q, k, v, mask=mask, scale=SCALE, implementation="reference")
+    got = np.einsum("bhmn,bnhd->bmhd", weights, np.where(mask[:, :, None, None], v, 0))
+    np.testing.assert_allclose(got, z[:, :3], atol=1e-5)
+    np.testing.assert_allclose(weights[0].sum(-1), 1, rtol=1e-5)
+    assert not weights[1].any()
 
 
 def test_equal_queries_average():
