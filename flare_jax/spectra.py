@@ -71,18 +71,28 @@ def model_spectra(
 
     The model runs in its own precision; the spectra of its queries and keys are in float64.
     """
-    config, encode = surrogate.config, surrogate.x_normalizer.encode
-    widths = len(surrogate.x_normalizer.mean), len(surrogate.y_normalizer.mean)
-    dtype = "bfloat16" if config.train.precision == "bfloat16" else "float32"
-    with jax.default_matmul_precision(MATMUL[config.train.precision]):
-        x = encode(np.asarray(x, np.float32))
-        pairs = _projection(config.model, *widths, dtype)(surrogate.params, x, mask)
-    options = dict(mask=mask, scale=config.model.attn_scale, num_vectors=num_vectors)
+    pairs = queries_and_keys_of(surrogate, x, mask)
+    scale = surrogate.config.model.attn_scale
     with jax.enable_x64(True):
         wide = lambda a: np.asarray(a).astype(np.float64)
+        options = dict(mask=mask, scale=scale, num_vectors=num_vectors)
         found = [_spectrum(wide(q), wide(k), **options) for q, k in pairs]
     stack = lambda arrays: np.stack([np.asarray(a) for a in arrays])
     return ModelSpectra(*map(stack, zip(*found, strict=True)))
+
+
+def queries_and_keys_of(
+    surrogate: Surrogate,
+    x: Float[Array | np.ndarray, "n N in"],
+    mask: Bool[Array | np.ndarray, "n N"] | None = None,
+) -> list[tuple[Float[Array, "M H D"], Float[Array, "n N H D"]]]:
+    """`queries_and_keys` of a trained model for raw inputs x, in the model's own precision."""
+    config = surrogate.config
+    widths = len(surrogate.x_normalizer.mean), len(surrogate.y_normalizer.mean)
+    dtype = "bfloat16" if config.train.precision == "bfloat16" else "float32"
+    with jax.default_matmul_precision(MATMUL[config.train.precision]):
+        x = surrogate.x_normalizer.encode(np.asarray(x, np.float32))
+        return _projection(config.model, *widths, dtype)(surrogate.params, x, mask)
 
 
 @functools.cache  # spectra of one model at several times compile once
