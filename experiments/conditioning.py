@@ -9,9 +9,9 @@ made to break a naive softmax. For y and for the gradients dq, dk, dv of sum(y d
 
 - `error`: relative L2 distance to the float64 result for the same rounded q, k, v, dy. That result
   is the dense one, or the chunked one (equal to it to 1e-12 in the tests) where dense is too large.
-- `condition`: relative L2 change in float64 per relative change of the entries of q, k and v, for
-  random signs; the larger of two draws. What rounding the inputs alone does is u times this, with u
-  the unit round-off of the precision.
+- `condition`: relative L2 change in float64 per relative change of the entries of q, k, v and dy,
+  for random signs; the larger of two draws. Rounding the inputs alone does u times this, with u the
+  unit round-off of the precision.
 - `backward error`: error / (condition u): by how many rounding steps the inputs would have to be
   moved to explain the error. About 1 or less is all that can be asked for; large numbers are the
   implementation's own loss.
@@ -225,12 +225,12 @@ def relative(x, want) -> float:
 
 
 def condition(case: Case, arrays) -> dict:
-    """Relative change of y, dq, dk, dv per relative change of the entries of q, k and v."""
+    """Relative change of y, dq, dk, dv per relative change of the entries of q, k, v, dy."""
     rng = np.random.default_rng(1)
     base, found = exact(case, *arrays), dict.fromkeys(NAMES, 0.0)
     for _ in range(2):
-        moved = [x * (1 + STEP * rng.choice([-1.0, 1.0], x.shape)) for x in arrays[:3]]
-        for name, x, want in zip(NAMES, exact(case, *moved, *arrays[3:]), base, strict=True):
+        moved = [x * (1 + STEP * rng.choice([-1.0, 1.0], x.shape)) for x in arrays[:4]]
+        for name, x, want in zip(NAMES, exact(case, *moved, arrays[4]), base, strict=True):
             found[name] = max(found[name], relative(x, want) / STEP)
     return found
 

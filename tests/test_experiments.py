@@ -98,8 +98,8 @@ def test_condition_number_of_a_known_case():
     case = conditioning.Case("inputs", "equal", n=16, m=4, d=4, kind="equal")
     arrays = conditioning.rounded(case.arrays(), "float32")
     found = conditioning.condition(case, arrays)
-    assert found["dv"] == pytest.approx(0, abs=1e-8)  # all weights are equal: dv knows no input
-    assert 0.1 < found["y"] < 10  # the mean of v, whose terms cancel
+    assert found["dk"] == 0  # q is zero, whatever moves
+    assert 0.5 < found["y"] < 4 and 0.5 < found["dv"] < 4  # means, of v and of dy: near 1
 
 
 # ----------------------------------------------------------------------- spectrum ---
