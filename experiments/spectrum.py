@@ -171,7 +171,7 @@ def figure(path: Path, rows: list[dict]) -> None:
             )
             label = f"{row['value']:g}" if row["seed"] == 0 else None
             axis.semilogy(np.arange(1, len(curve) + 1), curve, color=colour, label=label, lw=1.2)
-        axis.set(title=sweep, xlabel="number", ylim=(1e-16, 3), xscale="log")
+        axis.set(title=sweep, xlabel="number", ylim=(1e-14, 3), xscale="log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", loc="lower left")
     axes[0].set_ylabel("eigenvalue, last block")
