@@ -27,9 +27,7 @@ breaks. TF32 needs an NVIDIA GPU; its row runs the same float32 inputs, multipli
 import argparse
 import concurrent.futures
 import dataclasses
-import datetime
 import functools
-import json
 import os
 import sys
 import time
@@ -42,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmark.measure import Program
+from experiments.records import command, write
 from flare_jax.ops import flare, reference
 from flare_jax.ops.flare import IMPLEMENTATIONS, flare_attention
 from flare_jax.plots import plt
@@ -359,18 +358,9 @@ def main(arguments=None) -> list[dict]:
     seconds = time.perf_counter() - began
     print(f"{seconds:.0f} s")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "command": "python -m experiments.conditioning " + " ".join(arguments or sys.argv[1:]),
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "date": datetime.date.today().isoformat(),
-            "precision": "as each row says; reference float64",
-            "seeds": [0],
-            "seconds": round(seconds),
-            "rows": rows,
-        }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        facts = dict(precision="as each row says; reference float64", seeds=[0])
+        how = dict(command=command("conditioning", arguments), seconds=seconds)
+        write(args.out, rows, **how, **facts)
         figure(args.out.with_suffix(".png"), rows)
     return rows
 

@@ -20,7 +20,6 @@ Settings and checkpoints are chosen on validation samples, never on test samples
 deviation over seeds where nothing else is said. A dash: not published, or not run.
 """
 DASH = "–"
-WHOLE = {"precision", "seeds", "device", "date"}  # of a record, said in one line
 
 
 def main() -> None:
@@ -76,6 +75,8 @@ def error(mean: float | None, spread: float | None = None) -> str:
 def about(record: dict) -> str:
     """Command, hardware, precision, seeds, time and versions, as far as the record says them."""
     parts = [f"`{record['command'].strip()}`"] if "command" in record else []
+    parts += [f"data {record['data']}"] if "data" in record else []
+    parts += [f"{record['epochs']} epochs"] if "epochs" in record else []
     parts += [str(record[name]) for name in ("device", "precision") if name in record]
     if "seeds" in record:
         parts.append("seeds " + ", ".join(map(str, record["seeds"])))
@@ -101,12 +102,9 @@ def picture(name: str) -> str:
 
 def training(record: dict) -> dict | None:
     """The summary of a training run that the record is or holds."""
-    inner = record.get("result", record)
-    return (
-        inner
-        if isinstance(inner, dict) and "mean_predictor_rel_l2" in inner and "config" in inner
-        else None
-    )
+    run = record.get("result", record)
+    told = isinstance(run, dict) and {"rel_l2", "mean_predictor_rel_l2", "config"} <= run.keys()
+    return run if told else None
 
 
 def surrogates(records: dict, published: dict) -> str:

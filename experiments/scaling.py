@@ -23,9 +23,7 @@ TF32 on NVIDIA GPUs.
 
 import argparse
 import dataclasses
-import datetime
 import functools
-import json
 import os
 import sys
 import time
@@ -42,6 +40,7 @@ from experiments.benchmark import measure
 from experiments.benchmark.__main__ import fill_in, release
 from experiments.benchmark.layer import TOLERANCE, weights
 from experiments.benchmark.measure import Program, Row, errors, seconds, verdict
+from experiments.records import command, write
 from flare_jax.models import FLAREConfig, functional
 from flare_jax.models.convert import abstract_params
 from flare_jax.models.flare import FLAREMixer
@@ -317,9 +316,13 @@ def main(arguments=None) -> list[dict]:
         print(f"N={record['N']:,} {label(record)}: {cell(record)}", file=sys.stderr, flush=True)
     found = [{**row.labels, "implementation": row.name, **results[id(row)]} for row in rows]
     show(found)
-    print(f"{time.perf_counter() - began:.0f} s")
+    spent = time.perf_counter() - began
+    print(f"{spent:.0f} s")
     if args.out:
-        write(args.out, found, args.dtype, time.perf_counter() - began, arguments)
+        tf32 = ", products TF32 on NVIDIA GPUs" if args.dtype == "float32" else ""
+        how = dict(command=command("scaling", arguments), seconds=spent)
+        write(args.out, found, **how, precision=args.dtype + tf32)
+        figure(args.out.with_suffix(".png"), found)
     return found
 
 
@@ -327,23 +330,6 @@ def only(layer: Layer, tokens, latents) -> list[int]:
     """16 million points are for FLARE in JAX with the fewest latents."""
     fits = layer.name.startswith("FLARE") and layer.apply and layer.latents == min(latents)
     return sorted(n for n in tokens if n < LARGE or fits)
-
-
-def write(path: Path, rows: list[dict], dtype: str, spent: float, arguments) -> None:
-    torch = sys.modules.get("torch")
-    record = {
-        "command": "python -m experiments.scaling " + " ".join(arguments or sys.argv[1:]),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "torch": torch.__version__ if torch else None,
-        "date": datetime.date.today().isoformat(),
-        "precision": dtype + (", products TF32 on GPUs" if dtype == "float32" else ""),
-        "seconds": round(spent),
-        "rows": rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    figure(path.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

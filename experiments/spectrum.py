@@ -10,9 +10,7 @@ trained on one grid, on others. Spectra are of the first test samples, in float6
 """
 
 import argparse
-import datetime
 import functools
-import json
 import sys
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from experiments.records import command, write
 from flare_jax.models.flare import FLAREConfig, FLAREModel
 from flare_jax.models.functional import functional
 from flare_jax.ops.spectrum import effective_rank
@@ -199,19 +198,10 @@ def main(arguments=None) -> list[dict]:
     seconds = time.perf_counter() - began
     print(f"{seconds:.0f} s")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "command": "python -m experiments.spectrum " + " ".join(arguments or sys.argv[1:]),
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "date": datetime.date.today().isoformat(),
-            "precision": "training float32, spectra float64",
-            "seeds": list(range(args.seeds)),
-            "seconds": round(seconds),
-            "base": settings["base"] | settings["data"] | {"epochs": args.epochs, "batch": BATCH},
-            "rows": rows,
-        }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        base = settings["base"] | settings["data"] | {"epochs": args.epochs, "batch": BATCH}
+        facts = dict(precision="training float32, spectra float64", seeds=[*range(args.seeds)])
+        how = dict(command=command("spectrum", arguments), seconds=seconds)
+        write(args.out, rows, **how, **facts, base=base)
         figure(args.out.with_suffix(".png"), rows)
     return rows
 
