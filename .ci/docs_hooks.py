@@ -20,3 +20,8 @@ def on_files(files, config):
     )
     files.append(File.generated(config, "results.md", content=text))
     return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Pages link to the repository's file, which is a page of the site."""
+    return markdown.replace("](../experiments/README.md)", "](results.md)")
