@@ -1,4 +1,4 @@
-"""The command line: flare-jax {train, evaluate, predict, generate, info}."""
+"""The command line: flare-jax {train, evaluate, predict, generate, spectrum, info}."""
 
 import argparse
 import contextlib
@@ -15,9 +15,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flare_jax import __version__, parallel
+from flare_jax import __version__, parallel, spectra
 from flare_jax.ops.flare import DEFAULT, IMPLEMENTATIONS
-from flare_jax.plots import prediction_figure
+from flare_jax.plots import prediction_figure, spectra_figure
 from flare_jax.predict import Surrogate, Which, load_run
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.train.checkpoint import CheckpointError
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         "evaluate": evaluate,
         "predict": predict,
         "generate": generate,
+        "spectrum": spectrum,
         "info": info,
     }
     parser = argparse.ArgumentParser(
@@ -157,6 +158,39 @@ def generate(argv: list[str]) -> None:
     sizes = {n: getattr(data, n) for n in ("train", "valid", "test")}
     text = ", ".join(f"{len(s.x)} {name}" for name, s in sizes.items() if s is not None)
     console.print(f"{problem}: {text} samples of {data.train.x.shape[1]} points")
+
+
+def spectrum(argv: list[str]) -> None:
+    """What the mixers of a run learned: eigenvalues of every block and head."""
+
+    def arguments(
+        run: Run, samples: int = 4, out: Path | None = None, which: Which = "best"
+    ) -> tuple[Path, int, Path, str]:
+        """Prints a table, writes all eigenvalues as spectrum.json and draws spectrum.png.
+
+        Args:
+            run: folder of a training run.
+            samples: how many test samples, from the first.
+            out: folder for the two files; None: that of the run.
+            which: parameters best on validation, the last ones, or their running average.
+        """
+        return run, samples, out or run, which
+
+    folder, samples, out, which = tyro.cli(arguments, prog="flare-jax spectrum", args=argv)
+    surrogate = load_run(folder, which)
+    data = PROBLEMS[surrogate.problem][0].load(surrogate.config.problem)
+    if not 1 <= samples <= len(data.test.x):
+        raise ValueError(f"samples must be 1 to {len(data.test.x)} test samples, got {samples}")
+    x = surrogate.x_normalizer.decode(data.test.x[:samples])
+    mask = None if data.test.mask is None else data.test.mask[:samples]
+    found = spectra.model_spectra(surrogate, x, mask)
+    facts = {"run": str(folder), "problem": surrogate.problem, "which": which, "samples": samples}
+    out.mkdir(parents=True, exist_ok=True)
+    spectra.write(out / "spectrum.json", found, **facts)
+    title = f"{surrogate.problem}: eigenvalues of the mixing matrices"
+    spectra_figure(out / "spectrum.png", found.eigenvalues, found.floor.max(), title=title)
+    console.print(spectra.summary_table(spectra.summary(found), title))
+    console.print(f"eigenvalues: {out / 'spectrum.json'}\nfigure: {out / 'spectrum.png'}")
 
 
 def info(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Figures: samples; input, truth, prediction and error of a surrogate; curves with their spread."""
+"""Figures: samples; input, truth, prediction and error of a surrogate; curves; spectra."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -147,3 +147,50 @@ def triangles(points: Float[np.ndarray, "N S"], longest_edge: float) -> Triangul
     edges = np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=-1)
     mesh.set_mask(edges.max(1) > longest_edge)
     return mesh
+
+
+def spectra_figure(
+    path: Path | str,
+    eigenvalues: Float[np.ndarray, "L n H M"],
+    floor: float,
+    *,
+    title: str = "",
+) -> None:
+    """Writes a picture with one panel a block: eigenvalues of each head, largest first.
+
+    Args:
+        path: of the image to write.
+        eigenvalues: of L blocks on n samples; a line is the median over samples.
+        floor: below it everything is round-off; drawn as a band, values there are not drawn.
+        title: of the whole picture.
+    """
+    blocks, _, heads, latents = eigenvalues.shape
+    columns = min(blocks, 4)
+    rows = -(-blocks // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        figsize=(SIZE * 1.2 * columns + 0.5, SIZE * rows + 0.4),
+        layout="constrained",
+    )
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, heads))
+    lowest = max(floor, 1e-17)
+    for number, axis in enumerate(axes.flat):
+        if number >= blocks:
+            axis.set_axis_off()
+            continue
+        for values, colour in zip(np.median(eigenvalues[number], 0), colours, strict=True):
+            seen = values > lowest
+            axis.semilogy(np.arange(1, latents + 1)[seen], values[seen], ".-", color=colour, ms=3)
+        axis.axhspan(lowest / 10, lowest, color="0.85", linewidth=0)
+        axis.set(title=f"block {number + 1}", ylim=(lowest / 10, 3))
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("eigenvalue")
+    figure.supxlabel("number (one line a head; grey: round-off)", fontsize="medium")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

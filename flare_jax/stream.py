@@ -38,9 +38,9 @@ def make_streamed(
         lambda: cls(config, *widths, dtype=dtype, rngs=nnx.Rngs(0))
     )
     model, block = shape_of(FLAREModel, in_dim, out_dim), shape_of(FLAREBlock)
-    part = lambda module, method="__call__": functional(module, method)[0]
+    part = lambda module, method=None: functional(module, method)[0]
     in_proj, out_proj = part(model.in_proj), jax.jit(part(model.out_proj))
-    encode, decode = part(block, "encode"), jax.jit(part(block, "decode"))
+    encode, decode = part(block, FLAREBlock.encode), jax.jit(part(block, FLAREBlock.decode))
 
     @jax.jit
     def first(params, x, mask):

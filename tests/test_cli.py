@@ -54,6 +54,18 @@ def test_predict_writes_fields_and_a_picture(run, home):
     assert (home / "fields.png").exists()
 
 
+def test_spectrum_writes_eigenvalues_and_a_picture(run, capsys):
+    assert main(["spectrum", str(run), "--samples", "2"]) == 0
+    found = json.loads((run / "spectrum.json").read_text())
+    values = np.array(found["eigenvalues [block, sample, head, M]"])
+    assert values.shape == (1, 2, 1, 4)
+    np.testing.assert_allclose(values[..., 0], 1, atol=1e-12)
+    row = found["summary"][0]
+    assert row["eigenvalues_above"]["0.01"] == np.median((values > 0.01).sum(-1))
+    assert f"{row['effective_rank']:.2f}" in capsys.readouterr().out
+    assert (run / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_resuming_a_finished_run_reports_it_again(run):
     before = json.loads((run / "result.json").read_text())["rel_l2"]
     assert main(["train", "darcy", "--resume", "--out", str(run), "--mesh", "data=1"]) == 0
@@ -89,6 +101,7 @@ def test_generate_and_info_run(capsys):
         ("train darcy --process-id 1 --coordinator host:1", 1, "given together or not at all"),
         ("train darcy --resume --out nowhere", 1, "nowhere holds no run"),
         ("evaluate nowhere", 1, "nowhere holds no run"),
+        ("spectrum nowhere", 1, "nowhere holds no run"),
         ("predict nowhere x.npz", 1, "nowhere holds no run"),
         ("fly", 2, "invalid choice: 'fly'"),
     ],

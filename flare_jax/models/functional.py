@@ -8,12 +8,14 @@ from flax import nnx
 Params = dict  # nested dict with string keys; leaves are arrays
 
 
-def functional(model: nnx.Module, method: str = "__call__") -> tuple[Callable, Params]:
+def functional(model: nnx.Module, method: Callable | None = None) -> tuple[Callable, Params]:
     """Splits a module into `apply(params, *args)` and `params`.
+
+    `apply` calls the module, or `method(module, *args)` where one is given.
 
     `apply` is pure: it can be jitted, differentiated, vmapped and sharded with `jax` alone, and
     costs less Python time per call than `nnx.jit`. Keys of `params` follow the modules' attribute
-    names, `params["blocks"]["0"]["att"]["latent_q"]`. `method` is the one that `apply` calls.
+    names, `params["blocks"]["0"]["att"]["latent_q"]`.
 
     Raises:
         ValueError: the model holds state other than `nnx.Param`.
@@ -21,7 +23,8 @@ def functional(model: nnx.Module, method: str = "__call__") -> tuple[Callable, P
     graphdef, state = nnx.split(model, nnx.Param)
 
     def apply(params: Params, *args, **kwargs):
-        return getattr(nnx.merge(graphdef, _rename(params, _integer)), method)(*args, **kwargs)
+        module = nnx.merge(graphdef, _rename(params, _integer))
+        return method(module, *args, **kwargs) if method else module(*args, **kwargs)
 
     return apply, _rename(nnx.to_pure_dict(state), str)
 

@@ -1,0 +1,316 @@
+"""Writes experiments/README.md from experiments/results/*.json: no number there is typed.
+
+    python -m experiments.report
+
+Published values are in published.json, each with its source. A record whose kind is not known here
+is listed with its command.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+INTRODUCTION = """\
+# Results
+
+Made by `python -m experiments.report` from the records in [results/](results); a test holds the two
+together. rel-L2 is the mean over test samples of ‖prediction − truth‖ / ‖truth‖ in physical units.
+Settings and checkpoints are chosen on validation samples, never on test samples; ± is the standard
+deviation over seeds where nothing else is said. A dash: not published, or not run.
+"""
+DASH = "–"
+
+
+def main() -> None:
+    (FOLDER / "README.md").write_text(report(load(FOLDER / "results"), published()))
+
+
+def load(folder: Path) -> dict[str, dict]:
+    """{name: record} of all result files."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def published() -> dict:
+    return json.loads((FOLDER / "published.json").read_text())
+
+
+def report(records: dict[str, dict], published: dict) -> str:
+    """The page: one section for each published table or figure, then our own, then the rest."""
+    left, parts = dict(records), [INTRODUCTION]
+    for title, belongs, write in SECTIONS:
+        mine = {name: left.pop(name) for name in list(left) if belongs(name, records[name])}
+        if mine or title in ALWAYS:
+            parts.append(f"## {title}\n\n{write(mine, published)}")
+    if left:
+        lines = [
+            f"- [{name}](results/{name}.json): {about(record)}" for name, record in left.items()
+        ]
+        parts.append("## Further records\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+# ----------------------------------------------------------------------- markdown ---
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned right."""
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    rule = "|---|" + "---:|" * (len(head) - 1)
+    return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
+
+
+def number(x, form: str = ".3g", factor: float = 1.0) -> str:
+    if x is None:
+        return DASH
+    return f"{factor * x:,.0f}" if abs(factor * x) >= 1000 else format(factor * x, form)
+
+
+def error(mean: float | None, spread: float | None = None) -> str:
+    """rel-L2 in thousandths."""
+    text = number(mean, ".3g", 1e3)
+    return text if not spread else f"{text} ± {number(spread, '.2g', 1e3)}"
+
+
+def about(record: dict) -> str:
+    """Command, hardware, precision, seeds, time and versions, as far as the record says them."""
+    parts = [f"`{record['command'].strip()}`"] if "command" in record else []
+    parts += [f"data {record['data']}"] if "data" in record else []
+    parts += [f"{record['epochs']} epochs"] if "epochs" in record else []
+    parts += [str(record[name]) for name in ("device", "precision") if name in record]
+    if "seeds" in record:
+        parts.append("seeds " + ", ".join(map(str, record["seeds"])))
+    if "seconds" in record:
+        parts.append(f"{record['seconds']:.0f} s in all")
+    versions = record.get("versions") or {n: record[n] for n in ("jax", "torch") if record.get(n)}
+    parts.append(" ".join(f"{name} {v}" for name, v in versions.items()))
+    parts.append(record.get("date", ""))
+    return "; ".join(part for part in parts if part)
+
+
+def source(name: str, record: dict) -> str:
+    """The line below a table."""
+    return f"\n[{name}.json](results/{name}.json): {about(record)}\n"
+
+
+def picture(name: str) -> str:
+    return f"\n![{name}](results/{name}.png)\n" if (FOLDER / f"results/{name}.png").exists() else ""
+
+
+# ----------------------------------------------------------------------- sections ---
+
+
+def training(record: dict) -> dict | None:
+    """The summary of a training run that the record is or holds."""
+    run = record.get("result", record)
+    told = isinstance(run, dict) and {"rel_l2", "mean_predictor_rel_l2", "config"} <= run.keys()
+    return run if told else None
+
+
+def surrogates(records: dict, published: dict) -> str:
+    """The paper's main table."""
+    rows, runs, known = [], {name: training(r) for name, r in records.items()}, published["pde"]
+    problems = [*known["rel_l2"], *(r["problem"] for r in runs.values())]
+    for problem in dict.fromkeys(problems):
+        values = known["rel_l2"].get(problem, {})
+        theirs = [error(values.get(m)) for m in ("softmax attention", "Transolver", "FLARE")]
+        ours = {name: r for name, r in runs.items() if r["problem"] == problem} or {"": None}
+        for name, run in ours.items():
+            rows.append([problem, *theirs, *run_cells(name, run)])
+    head = ["test rel-L2 × 10³", "softmax attention", "Transolver", "FLARE", "ours: last"]
+    head += ["best on validation", "mean predictor", "parameters", "C, B, M, H", "record"]
+    lines = [
+        f"- {source(name, records[name] | runs[name] | records[name]).strip()}" for name in runs
+    ]
+    text = "The first three columns are published, the others ours. Published: " + known["source"]
+    return text + "\n\n" + table(head, rows) + "\n" + "\n".join(lines) + ("\n" if lines else "")
+
+
+def run_cells(name: str, run: dict | None) -> list[str]:
+    if run is None:
+        return [DASH] * 6
+    errors = [run["rel_l2"].get(which) for which in ("last", "best")]
+    cells = [DASH if e is None else error(e["mean"], e["std"]) for e in errors]
+    model = run["config"]["model"]
+    heads = model["num_heads"] or model["channel_dim"] // 8
+    sizes = model["channel_dim"], model["num_blocks"], model["num_latents"], heads
+    mean = error(run["mean_predictor_rel_l2"])
+    return [*cells, mean, f"{run['parameters']:,}", ", ".join(map(str, sizes)), name]
+
+
+def ablations(records: dict, published: dict) -> str:
+    text = ""
+    for name, record in records.items():
+        rows = [
+            [r["case"], error(r["published_rel_l2"])]
+            + [error(r["rel_l2"]["last"]["mean"], r["rel_l2"]["last"]["std"])]
+            + [f"{r['parameters']:,}", number(r["seconds"], ".0f")]
+            for r in record["rows"]
+        ]
+        head = ["test rel-L2 × 10³, last parameters", "published", "ours", "parameters", "s"]
+        text += table(head, rows) + source(name, record)
+    return text
+
+
+def darcy_16(records: dict, published: dict) -> str:
+    ((name, record),) = records.items()
+    rows = []
+    for model in ("FLARE", "FNO"):
+        r = record[model]
+        e = r["test_rel_l2"]
+        rows.append([model, error(e["mean"], e["standard_error"]), error(r["valid_rel_l2"])])
+        rows[-1] += [f"{r['parameters']:,}", number(r["seconds"], ".0f")]
+    rows.append(["mean predictor", error(record["mean_predictor_rel_l2"]), *[DASH] * 3])
+    gap = record["FLARE_minus_FNO"]
+    rows.append(["FLARE − FNO", error(gap["mean"], gap["standard_error"]), *[DASH] * 3])
+    head = ["", "test rel-L2 × 10³ ± standard error", "validation", "parameters", "s a run"]
+    return table(head, rows) + source(name, record)
+
+
+def scaling(records: dict, published: dict) -> str:
+    text, known = "", published["scaling"]
+    tokens = known["tokens"]
+    for name, record in records.items():
+        for key, title, form, factor in (
+            ("ms", "ms, forward and backward", ".3g", 1.0),
+            ("peak_bytes", "peak memory, GB", ".3g", 1e-9),
+        ):
+            ours: dict = {}
+            for r in record["rows"]:
+                label = f"{r['implementation']}, M={r['M']}" if r.get("M") else r["implementation"]
+                ours.setdefault(label, {})[r["N"]] = r.get(key)
+            columns = sorted({n for values in ours.values() for n in values})
+            rows = [
+                [k, *(number(v.get(n), form, factor) for n in columns)] for k, v in ours.items()
+            ]
+            text += table([title, *(f"N={n:,}" for n in columns)], rows) + "\n"
+        text += source(name, record) + picture(name) + "\n"
+    for key, title in (("ms", "published: ms"), ("gigabytes", "published: GB")):
+        rows = [[k, *map(number, values)] for k, values in known[key].items()]
+        text += table([title, *(f"N={n:,}" for n in tokens)], rows) + "\n"
+    return text + f"Published: {known['source']}.\n"
+
+
+def benchmark(records: dict, published: dict) -> str:
+    text = ""
+    for name, record in records.items():
+        rows = []
+        for r in record["rows"]:
+            size = " ".join(f"{k}={r[k]}" for k in ("problem", "C", "M", "H", "N", "B") if k in r)
+            e = max(r["error"].values()) if "error" in r else None
+            rows.append([r["part"], f"{size} {r.get('dtype', '')}", r["implementation"]])
+            rows[-1] += [number(e, ".1e"), number(r.get("forward_ms")), number(r.get("ms"))]
+            rows[-1] += [number(r.get("peak_bytes"), ".3g", 1e-9)]
+            rows[-1] += [number(r.get("share_of_bytes_per_s"), ".0%")]
+            rows[-1] += [number(r.get("share_of_exps_per_s"), ".0%")]
+        head = ["part", "case", "implementation", "worst error", "forward ms", "ms", "peak GB"]
+        text += table([*head, "of copy", "of exp"], rows) + source(name, record)
+    return text
+
+
+def spectra(records: dict, published: dict) -> str:
+    text, known = "", published["spectra"]
+    limits = [*known["blocks"]["1"]]
+    rows = [
+        [f"published, block {b}", DASH, DASH, DASH] + [number(v[t]) for t in limits]
+        for b, v in known["blocks"].items()
+    ]
+    for name, record in records.items():
+        if "summary" in record:
+            rows += [
+                [f"{name}, block {b['block']}", *summary_cells(b, limits)]
+                for b in record["summary"]
+            ]
+    head = ["medians over heads", "effective rank", "λ₂", "averaging heads"]
+    text += table(head + [f"λ > {t}" for t in limits], rows)
+    text += f"\nPublished: {known['source']}.\n"
+    for name, record in records.items():
+        if "summary" not in record:
+            text += "\n" + sweeps(record) + source(name, record)
+        text += picture(name)
+    return text
+
+
+def summary_cells(block: dict, limits: list[str]) -> list[str]:
+    cells = [number(block["effective_rank"]), number(block["second_eigenvalue"], ".2g")]
+    cells.append(number(block["averaging_heads"], ".0%"))
+    return cells + [number(block["eigenvalues_above"][t]) for t in limits]
+
+
+def sweeps(record: dict) -> str:
+    """How spectra move: means over seeds, one row a value of each sweep."""
+    groups: dict = {}
+    for row in record["rows"]:
+        groups.setdefault((row["sweep"], row["value"]), []).append(row)
+    rows = []
+    for (sweep, value), same in groups.items():
+        mean = lambda f, same=same: sum(map(f, same)) / len(same)
+        cells = [f"{sweep} {value:g}", error(mean(lambda r: r["test_rel_l2"]))]
+        for key, form in (
+            ("effective_rank", ".1f"),
+            ("second_eigenvalue", ".2g"),
+            ("averaging_heads", ".0%"),
+        ):
+            blocks = range(len(same[0]["blocks"]))
+            values = [mean(lambda r, b=b, key=key: r["blocks"][b][key]) for b in blocks]
+            cells.append(", ".join(format(v, form) for v in values))
+        rows.append(cells)
+    base = ", ".join(f"{k} {v}" for k, v in record["base"].items())
+    head = ["Darcy flow, per block", "test rel-L2 × 10³", "effective rank", "λ₂", "averaging heads"]
+    return f"Base model: {base}. Means over seeds.\n\n" + table(head, rows)
+
+
+def conditioning(records: dict, published: dict) -> str:
+    text = (
+        "Relative L2 errors against float64 of y / of the worst of dq, dk, dv, and the condition "
+        "numbers of both; the cases and words are explained in "
+        "[conditioning.py](conditioning.py), the limits in "
+        "[how it works](../docs/how_it_works.md). `naive` is softmax without a maximum.\n"
+    )
+    for name, record in records.items():
+        columns = list(
+            dict.fromkeys(
+                (r["implementation"], r["precision"])
+                for row in record["rows"]
+                for r in row["results"]
+                if "error" in r
+            )
+        )
+        rows = []
+        for row in record["rows"]:
+            found = {(r["implementation"], r["precision"]): r.get("error") for r in row["results"]}
+            pairs = [row["condition"], *(found.get(c) for c in columns)]
+            rows.append([f"{row['sweep']}: {row['name']}", *map(pair, pairs)])
+        head = ["case", "condition", *(f"{i} {p}" for i, p in columns)]
+        text += "\n" + table(head, rows) + source(name, record) + picture(name)
+    return text
+
+
+def pair(values: dict | None) -> str:
+    """y / the worst gradient; NaN where either is not finite."""
+    if values is None:
+        return DASH
+    gradients = [values[n] for n in ("dq", "dk", "dv")]
+    worst = max(gradients, key=lambda x: (x != x, x))  # NaN is the worst
+    return f"{values['y']:.0e} / {worst:.0e}"
+
+
+Belongs = Callable[[str, dict], bool]
+named = lambda prefix: lambda name, record: name.startswith(prefix)
+SECTIONS: list[tuple[str, Belongs, Callable[[dict, dict], str]]] = [
+    ("Surrogates", lambda name, record: training(record) is not None, surrogates),
+    ("Ablations on elasticity", named("ablations"), ablations),
+    ("Beside a Fourier neural operator, 16 × 16 nodes", named("darcy_16"), darcy_16),
+    (
+        "Time and memory of one layer",
+        lambda n, r: n.split("_")[0] == "scaling" and "devices" not in n,
+        scaling,
+    ),
+    ("Benchmark", named("benchmark"), benchmark),
+    ("Spectra of the mixing matrices", named("spectrum"), spectra),
+    ("Conditioning and errors", named("conditioning"), conditioning),
+]
+ALWAYS = ("Surrogates", "Time and memory of one layer")
+
+if __name__ == "__main__":
+    main()
