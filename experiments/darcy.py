@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import sys
 import time
 import typing
 from importlib.metadata import version
@@ -76,7 +75,8 @@ def main(arguments=None) -> dict:
     config = configuration(args)
     device = jax.devices()[0]
     record = {
-        "command": "python -m experiments.darcy " + " ".join(arguments or sys.argv[1:]),
+        "command": f"python -m experiments.darcy --out FILE --epochs {args.epochs} "
+        f"--precision {args.precision} --seeds {args.seeds}",
         "data": "published files" if args.data else "generated",
         "device": device.device_kind,
         "versions": {name: version(name) for name in ("jax", "flax", "optax")},

@@ -196,7 +196,10 @@ def benchmark(records: dict, published: dict) -> str:
     for name, record in records.items():
         rows = []
         for r in record["rows"]:
-            size = " ".join(f"{k}={r[k]}" for k in ("problem", "C", "M", "H", "N", "B") if k in r)
+            words = [r["problem"]] if "problem" in r else []
+            words += [f"{k}={r[k]}" for k in ("C", "M", "H", "N", "B") if k in r]
+            words += [f"seeds={r['seeds']}"] if r.get("seeds", 1) > 1 else []
+            size = " ".join(words)
             e = max(r["error"].values()) if "error" in r else None
             rows.append([r["part"], f"{size} {r.get('dtype', '')}", r["implementation"]])
             rows[-1] += [number(e, ".1e"), number(r.get("forward_ms")), number(r.get("ms"))]
@@ -205,6 +208,7 @@ def benchmark(records: dict, published: dict) -> str:
             rows[-1] += [number(r.get("share_of_exps_per_s"), ".0%")]
         head = ["part", "case", "implementation", "worst error", "forward ms", "ms", "peak GB"]
         text += table([*head, "of copy", "of exp"], rows) + source(name, record)
+        text += f"\n{record['note']}\n\n" if "note" in record else "\n"
     return text
 
 

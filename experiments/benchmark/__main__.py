@@ -165,9 +165,12 @@ def show(rows: list[Row], record: list[dict], limits: dict) -> None:
 
 
 def write(path: Path, record: list[dict], limits: dict) -> None:
-    torch = sys.modules.get("torch")
+    torch, words = sys.modules.get("torch"), sys.argv[1:]
+    if "--out" in words:  # where the record lies says nothing about it
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
     summary = {
-        "command": "python -m experiments.benchmark " + " ".join(sys.argv[1:]),
+        "command": "python -m experiments.benchmark " + " ".join(words),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "torch": torch.__version__ if torch else None,
