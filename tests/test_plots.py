@@ -18,6 +18,6 @@ def test_figures_are_written(tmp_path):
     values = np.stack([RING[:, 0], RING[:, 1]])
     samples_figure(tmp_path / "a.png", np.stack([RING, RING]), values, longest_edge=0.3)
     runs = {"a run": np.array([[1.0, 2.0], [0.1, 0.2]])}
-    curves_figure(tmp_path / "b.png", np.arange(2), runs, labels=("x", "y"), levels=[0.5])
+    curves_figure(tmp_path / "b.png", np.arange(2.0), runs, labels=("x", "y"), levels=[0.5])
     for name in ("a.png", "b.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -50,11 +50,13 @@ def ray_angles(sides: int = SIDES) -> Float[np.ndarray, "rays"]:
     return np.arctan2(y, x)
 
 
-def mesh(r: Float[Array | np.ndarray, "rays"], layers: int = LAYERS):
-    """Nodes [rays, 2 layers + 1, 2] of the cell whose void has radius r on each ray."""
+def mesh(
+    r: Float[Array | np.ndarray, "rays"], layers: int = LAYERS
+) -> Float[Array, "rays rings 2"]:
+    """Nodes of the cell whose void has radius r on each ray; rings = 2 layers + 1."""
     outer = outline(len(r) // 8)
     angles = ray_angles(len(r) // 8)
-    inner = 0.5 + r[:, None] * np.stack([np.cos(angles), np.sin(angles)], -1)
+    inner = 0.5 + jnp.asarray(r)[:, None] * np.stack([np.cos(angles), np.sin(angles)], -1)
     s = np.linspace(0, 1, 2 * layers + 1)[None, :, None]
     return (1 - s) * inner[:, None] + s * outer[:, None]
 
