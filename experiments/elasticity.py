@@ -51,7 +51,7 @@ class Options:
     precision: Precision = "tf32"  # of products
     seed: int = 0  # the first
     seeds: int = 3  # trained side by side, with seed, seed + 1, ...
-    eval_every: int = 10  # epochs between validations and checkpoints
+    eval_every: int = 20  # epochs between validations and checkpoints
     ablations: tuple[tables.Family, ...] = ()  # tables to make instead of the one result
     smoke: bool = False  # a tiny model on few samples, to see that everything runs
 

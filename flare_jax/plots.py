@@ -119,7 +119,9 @@ def curves_figure(
         axis.fill_between(x, runs.min(1), runs.max(1), color=line.get_color(), alpha=0.25, lw=0)
     for level in levels:
         axis.axhline(level, color="0.6", lw=0.8, ls="--", zorder=0)
-        axis.annotate(f"{level:.2%}", (1, level), xycoords=("axes fraction", "data"), ha="right")
+        axis.annotate(
+            f"{level:.2%}", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+        )
     axis.set(xlabel=labels[0], ylabel=labels[1], yscale="log")
     axis.legend()
     figure.savefig(path, dpi=130)

@@ -87,6 +87,7 @@ PRESETS = {
         "num_heads": 8,
         "num_latents": 64,
         "epochs": 500,
+        "eval_every": 20,
         "batch_size": 2,
         "learning_rate": 1e-3,
         "weight_decay": 1e-5,
