@@ -139,7 +139,8 @@ def draw(axis, positions, values, shape, colours, limits, longest_edge=None, mov
         place = positions if moved is None else moved
         mesh = Triangulation(*place.T[:2], mesh.triangles, mesh.mask)
         return axis.tripcolor(mesh, values, shading="gouraud", **style)
-    return axis.scatter(*positions.T[:2], c=values, s=4, linewidths=0, **style)
+    area = np.clip(4000 / len(positions), 0.5, 16)  # of a marker: they cover a panel about equally
+    return axis.scatter(*positions.T[:2], c=values, s=area, linewidths=0, **style)
 
 
 def triangles(points: Float[np.ndarray, "N S"], longest_edge: float) -> Triangulation:
