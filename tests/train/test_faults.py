@@ -97,7 +97,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(stopped, whole
             else:
                 file.write_bytes(bytes(len(data)))
     message = r"checkpoints/24 is damaged: .*; move it away to go on from step 12"
-    for read in (lambda: fit(toy(), CONFIG, stopped, resume=True), lambda: predict.load_run(stopped)):
+    for read in (
+        lambda: fit(toy(), CONFIG, stopped, resume=True),
+        lambda: predict.load_run(stopped),
+    ):
         with pytest.raises(CheckpointError, match=rf"(?s){message}"):
             read()
     shutil.move(checkpoints / "24", stopped / "damaged")
