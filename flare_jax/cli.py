@@ -18,7 +18,7 @@ from rich.table import Table
 from flare_jax import __version__, parallel, spectra
 from flare_jax.ops.flare import DEFAULT, IMPLEMENTATIONS
 from flare_jax.plots import prediction_figure, spectra_figure
-from flare_jax.predict import Surrogate, Which, load_run
+from flare_jax.predict import CHUNK, Surrogate, Which, load_run
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.train.checkpoint import CheckpointError
 from flare_jax.train.config import PROBLEMS, config_class, from_dict, preset
@@ -122,7 +122,8 @@ def predict(argv: list[str]) -> None:
         file: Annotated[Path, tyro.conf.Positional],
         out: Path = Path("prediction.npz"),
         which: Which = "best",
-    ) -> tuple[Path, Path, Path, str]:
+        chunk: int = CHUNK,
+    ) -> tuple[Path, Path, Path, str, int]:
         """Writes predictions in physical units.
 
         Args:
@@ -131,15 +132,16 @@ def predict(argv: list[str]) -> None:
                 for elasticity a .npz with `points`, [n, N, 2], or a .npy as published, [N, 2, n].
             out: the .npz to write; a .png of the first samples goes beside it.
             which: parameters best on validation, the last ones, or their running average.
+            chunk: points on the device at once; larger samples go through it in parts.
         """
-        return run, file, out, which
+        return run, file, out, which, chunk
 
-    folder, file, out, which = tyro.cli(arguments, prog="flare-jax predict", args=argv)
+    folder, file, out, which, chunk = tyro.cli(arguments, prog="flare-jax predict", args=argv)
     surrogate = load_run(folder, which)
     problem, _ = PROBLEMS[surrogate.problem]
     inputs, targets = problem.INPUTS, problem.TARGETS
     x, shape = problem.inputs_from(file)
-    fields = surrogate(x)
+    fields = surrogate(x, chunk=chunk)
     arrays = {n: fields[..., i].reshape(len(x), *(shape or [-1])) for i, n in enumerate(targets)}
     np.savez_compressed(out, **arrays)
     picture = out.with_suffix(".png")

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from flare_jax import parallel
 from flare_jax.cli import main
@@ -20,12 +22,13 @@ from flare_jax.problems.darcy import DarcyConfig, derivative_loss, grid_inputs
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import Normalizer, Problem, Split
 from flare_jax.train.config import TrainConfig, config_class
-from flare_jax.train.loop import fit
+from flare_jax.train.loop import build, fit
 from flare_jax.train.optimizer import OptimizerConfig
+from flare_jax.train.step import surrogate_loss
 
 LAYERS = ("k_proj", "v_proj", "ffn", "in_out_proj")
 SHALLOW = {f"num_layers_{name}": 0 for name in LAYERS}
-MODEL = FLAREConfig(channel_dim=16, num_blocks=2, num_heads=2, num_latents=8, **SHALLOW)
+MODEL = FLAREConfig(channel_dim=16, num_blocks=1, num_heads=2, num_latents=8, **SHALLOW)
 CONFIG = config_class("darcy")(
     DarcyConfig(),
     MODEL,
@@ -109,3 +112,94 @@ def test_two_processes_train_what_one_does(tmp_path):
     parts, whole = (load_run(f, "last").params for f in (together, alone))  # on one device again
     for x, y in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["rel_l2", "grid"])
+def test_loss_and_gradients_with_fields_summed_or_gathered(loss):
+    problem, mesh = toy(loss, masked=loss == "rel_l2"), parallel.make_mesh("data=2,tokens=4", 4)
+    apply, params = build(CONFIG, 3, 1)
+    batch = Split(*(None if a is None else a[:4] for a in problem.train))
+
+    def run(mesh, fsdp, batch):
+        f = surrogate_loss(
+            parallel.model_over(apply, mesh),
+            parallel.loss_over(problem.loss, mesh, 25),
+            problem.y_normalizer,
+        )
+        return jax.jit(parallel.value_and_grad(mesh, fsdp)(f))(params, batch)
+
+    one = run(None, False, batch)
+    for fsdp in (False, True) if loss == "grid" else (False,):
+        many = run(mesh, fsdp, parallel.place_samples(batch, mesh))
+        for x, y in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6)
+    if loss == "grid":  # the parts are parts
+        kernel = many[1]["blocks"]["0"]["att"]["out_proj"]["kernel"]
+        assert kernel.sharding.spec == P(None, "data")
+
+
+def test_the_step_moves_no_points_but_predictions():
+    apply, params = build(CONFIG, 3, 1)
+    mesh, points = parallel.make_mesh("data=1,tokens=8", 1), 8 * 1024
+    x = jax.ShapeDtypeStruct((1, points, 3), np.float32)
+    y = jax.ShapeDtypeStruct((1, points, 1), np.float32)
+    normalizer = Normalizer(np.zeros(1, np.float32), np.ones(1, np.float32))
+
+    def moved(loss):
+        over = parallel.loss_over(loss, mesh, points)
+        f = surrogate_loss(parallel.model_over(apply, mesh), over, normalizer)
+        step = jax.jit(parallel.value_and_grad(mesh)(f))
+        text = step.lower(params, Split(x, y)).compile().as_text()
+        found = re.findall(r"= \w+\[([\d,]*)\]\S* all-(?:gather|to-all)(?:-start)?\(", text)
+        return [np.prod([int(size) for size in shape.split(",") if size]) for shape in found]
+
+    blocks, partial_sums = MODEL.num_blocks, 8 * MODEL.num_latents * (MODEL.channel_dim + 2)
+    assert moved(rel_l2) == [partial_sums] * blocks
+    grid = functools.partial(derivative_loss, shape=(64, 128))
+    assert sorted(moved(grid)) == [partial_sums] * blocks + [points] * 2
+
+
+def test_default_meshes_use_every_device():
+    found = {batch: parallel.make_mesh(None, batch) for batch in (1, 2, 6, 8, 16)}
+    sizes = {batch: tuple(mesh.shape.values()) for batch, mesh in found.items()}
+    assert sizes == {1: (1, 8), 2: (2, 4), 6: (2, 4), 8: (8, 1), 16: (8, 1)}
+    assert parallel.make_mesh(None, 4, jax.devices()[:1]) is None
+    assert parallel.make_mesh("data=1", 4) is None
+    assert parallel.parse_mesh("tokens=4, data=2") == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ("data=3", "data=3 must divide the batch of 4: with 8 devices data=1,tokens=8 or data=2"),
+        ("data=4,tokens=4", "needs 16 devices, there are 8: .* or data=4,tokens=2 would fit"),
+        ("data=2,data=2", "mesh must look like data=2,tokens=4, got 'data=2,data=2'"),
+        ("data=0", "mesh must look like"),
+        ("points=3", "mesh must look like"),
+    ],
+)
+def test_meshes_that_do_not_fit_say_what_would(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        parallel.make_mesh(sizes, 4)
+
+
+def test_a_mesh_must_divide_the_batch_of_a_run(tmp_path):
+    with pytest.raises(ValueError, match="data=8 of the mesh must divide the batch of 4"):
+        fit(toy(), CONFIG, tmp_path, mesh=parallel.make_mesh("data=8", 8))
+
+
+def test_parts_follow_parameter_paths():
+    _, params = build(CONFIG, 3, 1)
+    mesh = parallel.make_mesh("data=4,tokens=2", 4)
+    specs = parallel.parameter_specs({"state": {"mu": params}}, mesh, True)["state"]["mu"]
+    att = specs["blocks"]["0"]["att"]
+    assert att["latent_q"] == P("data") and att["k_proj"]["fc1"]["kernel"] == P(None, "data")
+    assert att["out_proj"]["bias"] == P()
+    assert specs["out_proj"]["mlp"]["fc2"]["kernel"] == P()  # one output field
+    whole = parallel.parameter_specs(params, mesh, False)
+    assert set(jax.tree.leaves(whole, is_leaf=lambda x: isinstance(x, P))) == {P()}
+
+
+def test_processes_are_named_together_or_not_at_all():
+    with pytest.raises(ValueError, match="given together or not at all, got host:1, None, 0"):
+        parallel.connect("host:1", process_id=0)

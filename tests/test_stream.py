@@ -10,7 +10,10 @@ from conftest import relative
 from flax import nnx
 
 from flare_jax.models import FLAREConfig, FLAREModel, functional
+from flare_jax.predict import Surrogate
+from flare_jax.problems.problem import Normalizer
 from flare_jax.stream import make_streamed
+from flare_jax.train.config import Config
 
 LAYERS = ("k_proj", "v_proj", "ffn", "in_out_proj")
 SHALLOW = {f"num_layers_{name}": 0 for name in LAYERS}
@@ -64,6 +67,23 @@ def test_the_device_holds_one_chunk(monkeypatch):
     x = np.zeros((1, 4000, 3), np.float32)
     make_streamed(CONFIG, 3, 2, 100)(params, x)
     assert len(seen) >= 40 * 4 and max(seen) <= 100 * 16
+
+
+def test_a_surrogate_streams_what_is_larger_than_a_chunk_and_says_so(caplog):
+    apply, params = model(CONFIG)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 50, 3)).astype(np.float32)
+    mask = rng.random((2, 50)) < 0.8
+    norms = Normalizer.fit(x), Normalizer(np.full(2, 3, np.float32), np.full(2, 5, np.float32))
+    config = Config(None, CONFIG)
+    surrogate = Surrogate("toy", config, apply, params, *norms)
+    want = surrogate(x, mask)
+    assert not caplog.records
+    found = surrogate(x, mask, chunk=20)
+    assert "50 points: streamed, 20 at a time" in caplog.text
+    assert relative(found[mask], want[mask]) < 2e-6
+    with pytest.raises(ValueError, match="chunk must be at least 1 point, got 0"):
+        surrogate(x, chunk=0)
 
 
 def test_a_chunk_has_points():
