@@ -1,6 +1,6 @@
 """Errors of every implementation and precision of the operator, and how well it is conditioned.
 
-    python -m experiments.conditioning                            two CPU cores: about 4 minutes
+    python -m experiments.conditioning                            a few minutes on two CPU cores
     python -m experiments.conditioning --large --out experiments/results/conditioning_gpu.json
     python -m experiments.conditioning --smoke                    a few tiny cases
 
@@ -179,25 +179,31 @@ def both_ways(name: str, scale: float):
     return f
 
 
-def programs(case: Case, precision: str) -> dict:
-    """{implementation: Program, or the reason why there is none}."""
-    dtype, matmul, _ = PRECISIONS[precision]
-    if precision == "tf32" and jax.default_backend() != "gpu":
-        return {}
-    *arrays, mask = case.arrays()
-    shapes = [jax.ShapeDtypeStruct(a.shape, dtype) for a in arrays]
-    masks = [] if mask is None else [jax.ShapeDtypeStruct(mask.shape, bool)]
+def programs(case: Case) -> dict:
+    """{(precision, implementation): Program, or the reason why there is none}."""
     found = {}
-    for name in (*IMPLEMENTATIONS, "naive"):
-        if name in ("reference", "naive") and not case.dense:
-            continue
-        try:
-            if name != "naive":
-                flare.pick(name, *shapes[:3], *masks or [None])
-            found[name] = Program(both_ways(name, case.scale), *shapes, *masks, precision=matmul)
-        except NotImplementedError as reason:
-            found[name] = str(reason)
+    for precision in PRECISIONS:
+        for name in (*IMPLEMENTATIONS, "naive"):
+            if (case.dense or name not in ("reference", "naive")) and (
+                precision != "tf32" or jax.default_backend() == "gpu"
+            ):
+                size = case.n, case.m, case.d, case.kind == "masked"
+                found[precision, name] = program(name, precision, case.scale, *size)
     return found
+
+
+@functools.cache  # cases of one size share a compiled program
+def program(name: str, precision: str, scale: float, n: int, m: int, d: int, masked: bool):
+    """The Program of one implementation, or the reason why there is none."""
+    dtype, matmul, _ = PRECISIONS[precision]
+    shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((m, HEADS, d), *[(1, n, HEADS, d)] * 3)]
+    mask = jax.ShapeDtypeStruct((1, n), bool) if masked else None
+    try:
+        if name != "naive":
+            flare.pick(name, *shapes[:3], mask)
+    except NotImplementedError as reason:
+        return str(reason)
+    return Program(both_ways(name, scale), *shapes, *[mask] * masked, precision=matmul)
 
 
 def exact(case: Case, *arrays) -> list[np.ndarray]:
@@ -242,18 +248,18 @@ def measure(case: Case, compiled: dict) -> dict:
     norms = [float(np.linalg.norm(x)) for x in exact(case, *single)]
     row["norm"] = dict(zip(NAMES, norms, strict=True))
     row["results"], wanted = [], {}
-    for (precision, name), program in compiled.items():
+    for (precision, name), found in compiled.items():
         dtype, _, unit = PRECISIONS[precision]
         result = {"implementation": name, "precision": precision}
         row["results"].append(result)
-        if isinstance(program, str):
-            result["skipped"] = program
+        if isinstance(found, str):
+            result["skipped"] = found
             continue
         inputs = rounded(arrays, dtype)
         if dtype not in wanted:
             wanted = {dtype: exact(case, *inputs)}
         try:
-            got = program(*(x for x in inputs if x is not None))
+            got = found(*(x for x in inputs if x is not None))
         except Exception as error:  # out of memory, refused by the compiler: an answer
             result["skipped"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
             continue
@@ -344,10 +350,7 @@ def main(arguments=None) -> list[dict]:
     parser.add_argument("--out", type=Path, help="JSON to write; the figure goes beside it")
     args = parser.parse_args(arguments)
     console, began = Console(width=200), time.perf_counter()
-    todo = [
-        (case, {(p, name): x for p in PRECISIONS for name, x in programs(case, p).items()})
-        for case in cases(args.large, args.smoke)
-    ]
+    todo = [(case, programs(case)) for case in cases(args.large, args.smoke)]
     start_compiling([table for _, table in todo])
     rows = []
     for number, (case, table) in enumerate(todo, 1):

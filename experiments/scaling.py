@@ -38,7 +38,7 @@ from rich.table import Table
 
 from experiments.benchmark import measure
 from experiments.benchmark.__main__ import fill_in, release
-from experiments.benchmark.layer import TOLERANCE, weights
+from experiments.benchmark.layer import TOLERANCE, grouped, weights
 from experiments.benchmark.measure import Program, Row, errors, seconds, verdict
 from experiments.records import command, write
 from flare_jax.models import FLAREConfig, functional
@@ -48,9 +48,10 @@ from flare_jax.ops.flare import IMPLEMENTATIONS
 from flare_jax.plots import plt
 
 CHANNELS, HEADS = 128, 8
-TOKENS, LARGE = (1_000, 10_000, 100_000, 500_000, 1_000_000), 16_000_000
+TOKENS, LARGE = (1_024, 10_240, 102_400, 512_000, 1_024_000), 16_384_000  # multiples of 64
 LATENTS = (128, 512, 2048)
 COMPILE_SHARE = 0.5  # of the budget, at most
+MOST_WEIGHTS = 1.6e10  # bytes of physics attention's N H M weights, of which it keeps several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +150,14 @@ def both(apply: Callable) -> Callable:
     def f(params, x, dy):
         y, pullback = jax.vjp(apply, params, x)
         dparams, dx = pullback(dy)
-        return {"y": y, "dx": dx, "dw": dparams}
+        return {"y": y, "dx": dx, **gradients(dparams)}
 
     return f
+
+
+def gradients(dparams: dict) -> dict:
+    """Those of latent queries, where there are any, apart from all others."""
+    return {name: leaves for name, leaves in grouped(dparams).items() if leaves}
 
 
 def inputs(layer: Layer, n: int, channels: int, dtype: str) -> tuple:
@@ -160,18 +166,33 @@ def inputs(layer: Layer, n: int, channels: int, dtype: str) -> tuple:
     return layer.params, *(jax.random.normal(key, (1, n, channels), dtype) for key in keys)
 
 
-def rows_of(layer: Layer, tokens, channels: int, heads: int, dtype: str, slowest: float):
-    """The rows of one line of the figure, by N; they share what the row before them found."""
+def rows_of(
+    layer: Layer, tokens, channels: int, heads: int, dtype: str, slowest: float, references: dict
+):
+    """The rows of one line of the figure, by N; they share what the rows before them found.
+
+    `references` holds the float32 programs, by function: layers of one truth share one.
+    """
     labels = {"C": channels, "H": heads, "M": layer.latents, "B": 1, "dtype": dtype}
     found, last = [], {}
     for n in tokens:
-        arrays = jax.eval_shape(functools.partial(inputs, layer, n, channels, dtype))
+        make = functools.partial(inputs, layer, n, channels, dtype)
+        arrays = jax.eval_shape(make)
+        size = n * heads * (layer.latents or 0) * jnp.dtype(dtype).itemsize
+        if layer.name.startswith("physics") and size > MOST_WEIGHTS:
+            reason = f"its weights need {size / 1e9:.0f} GB"
+            row = Row(
+                "layer", labels | {"N": n}, layer.name, lambda r=reason: {"skipped": r}, rank=n
+            )
+            found.append(row)
+            continue
         program = layer.apply and Program(both(layer.apply), *arrays)
         reference = None
         if n == tokens[0]:
+            truth = layer.reference or layer.apply
             wide = jax.tree.map(lambda a: a.update(dtype="float32"), arrays)
-            reference = Program(both(layer.reference or layer.apply), *wide, precision="highest")
-        make = functools.partial(inputs, layer, n, channels, dtype)
+            program32 = Program(both(truth), *wide, precision="highest")
+            reference = references.setdefault(truth, program32)
         measure = functools.partial(measure_row, layer, n, make, program, reference, slowest, last)
         programs = () if program is None else (program,)
         row = Row("layer", labels | {"N": n}, layer.name, measure, programs, reference, rank=n)
@@ -180,24 +201,34 @@ def rows_of(layer: Layer, tokens, channels: int, heads: int, dtype: str, slowest
 
 
 def measure_row(layer: Layer, n: int, make, program, reference, slowest: float, last: dict) -> dict:
-    """`ms` and `peak_bytes`, or why not; `last` is what the row before found and gets this one."""
+    """`ms` and `peak_bytes`, or why not; `last` is what the rows before found and gets this one."""
     if "skipped" in last:
         return {"skipped": last["skipped"]}
     guess = last.get("ms", 0) / 1e3 * (n / last.get("N", n)) ** layer.exponent
     if guess > slowest:
         return {"skipped": f"about {guess:.1f} s a call"}
-    last["skipped"], row = "a smaller N failed", {}
-    arrays = make()
+    try:
+        row = checked_and_timed(layer, make(), program, reference)
+    except Exception as error:
+        if "memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error):
+            last["skipped"] = f"out of memory at N={n:,}"
+        raise
+    if "skipped" in row:
+        last["skipped"] = f"wrong at N={n:,}"
+    last.update({k: row[k] for k in ("ms",) if k in row}, N=n)
+    return row
+
+
+def checked_and_timed(layer: Layer, arrays, program, reference) -> dict:
+    row = {}
     call, wait, peak, named = jax_calls(program, arrays) if program else torch_calls(layer, arrays)
     if reference is not None:
         want = reference(*jax.tree.map(lambda a: a.astype("float32"), arrays))
         row = verdict(errors(named(call()), want), TOLERANCE[arrays[1].dtype.name])
         del want
-    if "skipped" not in row:
-        row |= {"ms": 1e3 * seconds(call, wait), "peak_bytes": peak()}
-        del last["skipped"]
-        last.update(row, N=n)
-    return row
+    if "skipped" in row:
+        return row
+    return row | {"ms": 1e3 * seconds(call, wait), "peak_bytes": peak()}
 
 
 def jax_calls(program: Program, arrays):
@@ -229,8 +260,8 @@ def torch_calls(layer: Layer, arrays):
     def named(result):
         y, dx, *dw = result
         dw = torch_side.to_params(model, dict(zip(names, dw, strict=True)), config)
-        dw = dw["blocks"]["0"]["att"]
-        return {"y": torch_side.to_jax(y), "dx": torch_side.to_jax(dx), "dw": dw}
+        dw = gradients(dw["blocks"]["0"]["att"])
+        return {"y": torch_side.to_jax(y), "dx": torch_side.to_jax(dx), **dw}
 
     peak = lambda: torch.cuda.max_memory_allocated() if torch_side.ON_GPU else None
     return call, torch_side.synchronize, peak, named
@@ -298,13 +329,9 @@ def main(arguments=None) -> list[dict]:
     channels, heads = (16, 2) if args.smoke else (CHANNELS, HEADS)
     tokens = args.tokens or ((256, 512) if args.smoke else (*TOKENS, LARGE))
     latents = args.latents or ((8,) if args.smoke else LATENTS)
-    rows = [
-        row
-        for layer in layers(latents, channels, heads, args.dtype)
-        for row in rows_of(
-            layer, only(layer, tokens, latents), channels, heads, args.dtype, args.slowest
-        )
-    ]
+    lines = layers(latents, channels, heads, args.dtype)
+    shared = channels, heads, args.dtype, args.slowest, {}
+    rows = [r for x in lines for r in rows_of(x, only(x, tokens, latents), *shared)]
     order = sorted(rows, key=lambda row: row.rank)
     measure.compile_all(order, min(16, os.cpu_count() or 1), COMPILE_SHARE * args.budget)
     results = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -44,7 +45,7 @@ def queries_and_keys(
 ) -> list[tuple[Float[Array, "M H D"], Float[Array, "B N H D"]]]:
     """Latent queries and keys that enter the operator in each block, for encoded inputs x."""
     if mask is not None:
-        x = jax.numpy.where(mask[:, :, None], x, 0)
+        x = jnp.where(mask[:, :, None], x, 0)
     x, found = model.in_proj(x.astype(model.dtype)), []
     for block in blocks_of(model):
         found.append(block.att.project(x, (block.att.k_proj,), block.norm1))

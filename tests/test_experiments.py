@@ -70,8 +70,9 @@ def test_scaling_writes_its_record_and_skips_what_takes_too_long(tmp_path, monke
 def test_a_wrong_layer_is_not_timed(layers):
     layer = layers["FLARE, xla"]
     wrong = scaling.Layer("wrong", 4, lambda p, x: 2 * x, layer.params, reference=layer.apply)
-    first, second = scaling.rows_of(wrong, [8, 16], 16, 2, "float32", 1.0)
-    assert "wrong" in first.measure()["skipped"] and "failed" in second.measure()["skipped"]
+    first, second = scaling.rows_of(wrong, [8, 16], 16, 2, "float32", 1.0, {})
+    assert "wrong" in first.measure()["skipped"]
+    assert second.measure() == {"skipped": "wrong at N=8"}
 
 
 # ------------------------------------------------------------------- conditioning ---
