@@ -233,8 +233,9 @@ def condition(case: Case, arrays) -> dict:
     """Relative change of y, dq, dk, dv per relative change of the entries of q, k, v, dy."""
     rng = np.random.default_rng(1)
     base, found = exact(case, *arrays), dict.fromkeys(NAMES, 0.0)
+    wide = [np.asarray(x, np.float64) for x in arrays[:4]]
     for _ in range(2):
-        moved = [x * (1 + STEP * rng.choice([-1.0, 1.0], x.shape)) for x in arrays[:4]]
+        moved = [x * (1 + STEP * rng.choice([-1.0, 1.0], x.shape)) for x in wide]
         for name, x, want in zip(NAMES, exact(case, *moved, arrays[4]), base, strict=True):
             found[name] = max(found[name], relative(x, want) / STEP)
     return found
