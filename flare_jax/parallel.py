@@ -47,7 +47,7 @@ def connect(
 
     Raises:
         ValueError: only some of the three arguments are given.
-        RuntimeError: the others are not found.
+        ConnectionError: the others are not found.
     """
     given = (coordinator, num_processes, process_id)
     if any(x is None for x in given) and any(x is not None for x in given):
@@ -58,7 +58,7 @@ def connect(
     try:
         jax.distributed.initialize(*given)
     except (RuntimeError, ValueError) as error:
-        raise RuntimeError(
+        raise ConnectionError(
             f"could not join the other processes: {error}; outside SLURM, Open MPI and TPU pods "
             "give --coordinator HOST:PORT --num-processes N --process-id I"
         ) from error

@@ -203,3 +203,5 @@ def test_parts_follow_parameter_paths():
 def test_processes_are_named_together_or_not_at_all():
     with pytest.raises(ValueError, match="given together or not at all, got host:1, None, 0"):
         parallel.connect("host:1", process_id=0)
+    with pytest.raises(ConnectionError, match="outside SLURM, .* give --coordinator HOST:PORT"):
+        parallel.connect()  # nothing here says where the others are
