@@ -116,12 +116,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(stopped, whole
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_a_disk_that_is_full_leaves_the_last_checkpoint(stopped, whole):  # noqa: F811
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    # no half of a compiled program in the tests' cache
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # no file grows beyond 4 kB
     try:
         with pytest.raises(CheckpointError, match=r"(?s)step 36 into .*; step 24 is intact"):
             fit(toy(), CONFIG, stopped, resume=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
         gc.collect()  # here, where the warnings of what was abandoned are ignored
     assert predict.load_run(stopped).params
     assert fit(toy(), CONFIG, stopped, resume=True)["rel_l2"] == whole[1]["rel_l2"]
