@@ -1,5 +1,6 @@
 """Training over many devices gives what one device gives, and says what fits."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -138,8 +139,10 @@ def test_loss_and_gradients_with_fields_summed_or_gathered(loss):
         assert kernel.sharding.spec == P(None, "data")
 
 
-def test_the_step_moves_no_points_but_predictions():
-    apply, params = build(CONFIG, 3, 1)
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_step_moves_no_points_but_predictions(remat):
+    model = dataclasses.replace(MODEL, remat=remat)  # z is kept, not gathered again
+    apply, params = build(dataclasses.replace(CONFIG, model=model), 3, 1)
     mesh, points = parallel.make_mesh("data=1,tokens=8", 1), 8 * 1024
     x = jax.ShapeDtypeStruct((1, points, 3), np.float32)
     y = jax.ShapeDtypeStruct((1, points, 1), np.float32)
@@ -155,6 +158,8 @@ def test_the_step_moves_no_points_but_predictions():
 
     blocks, partial_sums = MODEL.num_blocks, 8 * MODEL.num_latents * (MODEL.channel_dim + 2)
     assert moved(rel_l2) == [partial_sums] * blocks
+    if remat:
+        return
     grid = functools.partial(derivative_loss, shape=(64, 128))
     assert sorted(moved(grid)) == [partial_sums] * blocks + [points] * 2
 

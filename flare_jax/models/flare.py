@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from flare_jax.models.layers import ACTIVATIONS, ResidualMLP, linear, norm, residual_mlps
-from flare_jax.ops.flare import IMPLEMENTATIONS, flare_attention, flare_decode, pick
+from flare_jax.ops.flare import IMPLEMENTATIONS, LATENTS, flare_attention, flare_decode, pick
 from flare_jax.ops.sharded import flare_attention_shard
 
 
@@ -210,7 +210,8 @@ class FLAREModel(nnx.Module):
             raise ValueError(f"x must be [B, N, {self.in_dim}], got shape {tuple(x.shape)}")
         if mask is not None:  # whatever padding holds must not reach real points as a NaN
             x = jnp.where(mask[:, :, None], x, 0)
-        call = jax.checkpoint if self.config.remat else lambda f: f
+        keep = jax.checkpoint_policies.save_only_these_names(LATENTS)
+        call = functools.partial(jax.checkpoint, policy=keep) if self.config.remat else lambda f: f
         block = call(lambda block, x: block(x, mask, axis_name))
         x = call(lambda f, x: f(x))(self.in_proj, x.astype(self.dtype))
         if self.config.scan_blocks:

@@ -24,6 +24,7 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from flare_jax.ops import cudnn, reference, xla
@@ -36,6 +37,7 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
 }
 DEFAULT = ("fused", "cudnn", "xla")  # the first that supports the arguments; xla supports all
+LATENTS = "flare_latents"  # name of z and lse, for policies of `jax.checkpoint`
 
 
 def flare_attention(
@@ -193,10 +195,15 @@ def _attention(ops, scale, q, k, v, mask):
     return _attention_fwd(ops, scale, q, k, v, mask)[0]
 
 
+def keep(z, lse):
+    """z and lse, named: small as they are, `jax.checkpoint` may keep them and save an encode."""
+    return checkpoint_name(z, LATENTS), checkpoint_name(lse, LATENTS)
+
+
 def _attention_fwd(ops, scale, q, k, v, mask):
     if hasattr(ops, "attention_fwd"):
-        return ops.attention_fwd(q, k, v, mask, scale)
-    z, lse = ops.encode(q, k, v, mask, scale)
+        return ops.attention_fwd(q, k, v, mask, scale, keep)
+    z, lse = keep(*ops.encode(q, k, v, mask, scale))
     return ops.decode(q, k, z, mask, scale), (q, k, v, mask, z, lse)
 
 

@@ -107,7 +107,7 @@ def _attention(ops, scale, axis_name, q, k, v, mask):
 
 
 def _attention_fwd(ops, scale, axis_name, q, k, v, mask):
-    merge = functools.partial(merged, axis_name=axis_name)
+    merge = lambda z, lse: flare.keep(*merged(z, lse, axis_name=axis_name))
     if hasattr(ops, "attention_fwd"):
         return ops.attention_fwd(q, k, v, mask, scale, merge)
     z, lse = merge(*ops.encode(q, k, v, mask, scale))

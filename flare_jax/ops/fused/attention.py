@@ -72,14 +72,12 @@ def decode_vjp(q, k, z, mask, scale, dy):
     return dq, dk, jnp.sum(parts, axis=1).reshape(z.shape)
 
 
-def attention_fwd(q, k, v, mask, scale, merge=None):
+def attention_fwd(q, k, v, mask, scale, merge=lambda *own: own):
     """y [B, N, H, D] and the residuals, O(B (N + M) C).
 
-    Where other devices hold more tokens, `merge(z, lse)` returns z and lse of all.
+    `merge(z, lse)` returns z and lse of all tokens, where other devices hold more of them.
     """
-    z, lse = encode(q, k, v, mask, scale)
-    if merge is not None:
-        z, lse = merge(z, lse)
+    z, lse = merge(*encode(q, k, v, mask, scale))
     y, lse_n = _decode(q, k, z, mask, scale, True)
     return y, (q, k, v, mask, z, lse, y, lse_n)
 
