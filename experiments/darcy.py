@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 
+from experiments.records import command
 from flare_jax.problems import darcy
 from flare_jax.solvers import darcy as solver
 from flare_jax.train.config import Config, Precision, preset
@@ -75,8 +76,7 @@ def main(arguments=None) -> dict:
     config = configuration(args)
     device = jax.devices()[0]
     record = {
-        "command": f"python -m experiments.darcy --out FILE --epochs {args.epochs} "
-        f"--precision {args.precision} --seeds {args.seeds}",
+        "command": command("darcy", arguments),
         "data": "published files" if args.data else "generated",
         "device": device.device_kind,
         "versions": {name: version(name) for name in ("jax", "flax", "optax")},

@@ -31,6 +31,9 @@ def text(record: dict, rows: list[dict]) -> str:
 
 
 def command(name: str, arguments: list[str] | None) -> str:
-    """The command line that ran this."""
-    given = sys.argv[1:] if arguments is None else arguments
+    """The command line that ran this, but for where the record lies."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--out" in given:
+        at = given.index("--out")
+        del given[at : at + 2]
     return " ".join([f"python -m experiments.{name}", *given])

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flare_jax.ops.fused import mlp
-from flare_jax.ops.fused.mlp import PLANS, Plan, Tile, streamed
+from flare_jax.ops.fused.mlp import Plan, Tile, plan_for, streamed
 
 LARGE, SMALL, RAGGED = 1_024_000, 1944, 66_001
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -42,7 +42,7 @@ def variants():
     out = []
 
     def add(width, dtype, n, forwards=(), backwards=()):
-        base = PLANS[width, "native" if dtype == BF16 else "bf16x3", n == SMALL]
+        base = plan_for(n, width, "native" if dtype == BF16 else "bf16x3")
         out.extend((width, dtype, n, "forward", p) for p in [base, *forward(base, *forwards)])
         out.extend((width, dtype, n, "both", p) for p in [base, *backward(base, *backwards)])
 
@@ -132,6 +132,7 @@ def repeated(f, what, calls):
             return f(x, layers)
         out, vjp = jax.vjp(f, x, layers)
         dx, grads = vjp(out)
+        # with the weights' gradients, which would not be computed otherwise
         return dx + sum(g.ravel()[0] for g in jax.tree.leaves(grads)).astype(dx.dtype) * 0
 
     return lambda x, layers: jax.lax.fori_loop(0, calls, lambda _, x: once(x, layers), x)

@@ -17,9 +17,12 @@ from rich.table import Table
 
 from flare_jax import __version__, parallel, spectra
 from flare_jax.ops.flare import DEFAULT, IMPLEMENTATIONS
+from flare_jax.ops.fused import mlp
 from flare_jax.plots import prediction_figure, spectra_figure
 from flare_jax.predict import CHUNK, Surrogate, Which, load_run
 from flare_jax.problems.metrics import rel_l2
+from flare_jax.solvers.darcy import ConvergenceError
+from flare_jax.solvers.elasticity import SolverError
 from flare_jax.train.checkpoint import CheckpointError
 from flare_jax.train.config import PROBLEMS, config_class, from_dict, preset
 from flare_jax.train.loop import Interrupted, NonFiniteError, fit
@@ -27,6 +30,8 @@ from flare_jax.train.loop import Interrupted, NonFiniteError, fit
 console = Console()
 Run = Annotated[Path, tyro.conf.Positional]  # folder of a training run
 ERRORS = (ValueError, OSError, NotImplementedError, CheckpointError, NonFiniteError, Interrupted)
+ERRORS += (ConvergenceError, SolverError)
+DTYPES = "float32", "bfloat16"  # that `info` tells about
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,18 +210,34 @@ def info(argv: list[str]) -> None:
     for device in jax.devices():
         table.add_row(f"device {device.id}", f"{device.device_kind} ({device.platform})")
     console.print(table)
-    table = Table("operator, H = 8, D = 8, M = 64", "float32", "bfloat16")
+    table = Table("operator, H = 8, D = 8, M = 64", *DTYPES)
     for name in DEFAULT:
-        table.add_row(name, *(availability(name, dtype) for dtype in ("float32", "bfloat16")))
+        table.add_row(name, *(availability(name, dtype) for dtype in DTYPES))
+    table.add_section()
+    table.add_row("fused residual MLP, C = 64", *(mlp_availability(d) for d in DTYPES))
     console.print(table)
     console.print("The first that runs is taken, unless implementation= names one.")
 
 
 def availability(name: str, dtype: str) -> str:
-    """ "runs", or the reason why not, for one implementation."""
+    """ "runs", or the reason why not, for one implementation of the operator."""
     shapes = (64, 8, 8), (1, 1024, 8, 8), (1, 1024, 8, 8)
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    return why_not(IMPLEMENTATIONS[name].supports, *arrays, None)
+
+
+def mlp_availability(dtype: str) -> str:
+    """The same for the kernels of the residual MLPs."""
+    x, kernel, bias = (
+        jax.ShapeDtypeStruct(s, d)
+        for s, d in (((1, 1024, 64), dtype), ((64, 64), "float32"), ((64,), "float32"))
+    )
+    return why_not(mlp.supports, x, [(kernel, bias)])
+
+
+def why_not(supports, *arguments) -> str:
     try:
-        IMPLEMENTATIONS[name].supports(*(jax.ShapeDtypeStruct(s, dtype) for s in shapes), None)
+        supports(*arguments)
         return "runs"
     except NotImplementedError as reason:
         return str(reason)

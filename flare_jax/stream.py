@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 
 from flare_jax.models.flare import FLAREBlock, FLAREConfig, FLAREModel
 from flare_jax.models.functional import Params, functional
-from flare_jax.ops.sharded import merge_parts
+from flare_jax.ops.reference import merge_parts
 
 
 def make_streamed(

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -71,6 +72,16 @@ def test_fifty_steps_on_eight_devices_are_those_of_one(single, sizes, fsdp, tmp_
     for name, errors in result["rel_l2"].items():
         np.testing.assert_allclose(errors["mean"], single[1]["rel_l2"][name]["mean"], rtol=1e-4)
     assert result["mesh"] == dict(mesh.shape)
+
+
+def test_a_run_of_one_device_goes_on_on_eight(single, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(single[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "50")  # as if stopped after step 25
+    fit(
+        toy(), CONFIG, folder, resume=True, mesh=parallel.make_mesh("data=4,tokens=2", 4), fsdp=True
+    )
+    np.testing.assert_allclose(losses(folder), losses(single[0]), rtol=1e-5)
 
 
 def processes(commands, devices=2, timeout=300):

@@ -28,6 +28,7 @@ import jax
 
 from experiments.benchmark import layer, measure, operator, training
 from experiments.benchmark.measure import Row
+from experiments.records import command
 from flare_jax.models import FLAREConfig
 
 PARTS = ("operator", "layer", "model", "step")
@@ -165,12 +166,9 @@ def show(rows: list[Row], record: list[dict], limits: dict) -> None:
 
 
 def write(path: Path, record: list[dict], limits: dict) -> None:
-    torch, words = sys.modules.get("torch"), sys.argv[1:]
-    if "--out" in words:  # where the record lies says nothing about it
-        at = words.index("--out")
-        words = words[:at] + words[at + 2 :]
+    torch = sys.modules.get("torch")
     summary = {
-        "command": "python -m experiments.benchmark " + " ".join(words),
+        "command": command("benchmark", None),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "torch": torch.__version__ if torch else None,

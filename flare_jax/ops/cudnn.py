@@ -19,7 +19,7 @@ are padded to a multiple of 8.
 import jax
 import jax.numpy as jnp
 
-from flare_jax.ops.reference import drop
+from flare_jax.ops.reference import drop, merge_parts
 
 PENALTY = -3e4  # score of a padded token: exp of it is 0, and float16 can hold it
 BLOCKS = 264  # blocks of work that fill a large GPU: two for each of 132 multiprocessors
@@ -103,9 +103,7 @@ def encode(q, k, v, mask, scale):
     z = z.astype(jnp.float32).reshape(b, -1, m, h, z.shape[-1])[..., :d]
     lse = lse.reshape(b, -1, m, h)
     lse = jnp.where(lse > PENALTY / 2, lse, -jnp.inf)  # a split without a real token
-    total = jax.nn.logsumexp(lse, axis=1)  # [B, M, H]
-    weight = jnp.exp(lse - jnp.where(jnp.isfinite(total), total, 0)[:, None])
-    return jnp.einsum("bsmh,bsmhd->bmhd", weight, z), total
+    return merge_parts(z.swapaxes(0, 1), lse.swapaxes(0, 1))
 
 
 def decode(q, k, z, mask, scale):

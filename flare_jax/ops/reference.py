@@ -32,6 +32,18 @@ def drop(mask, *tokens):
     return tuple(jnp.where(mask[:, :, None, None], x, jnp.zeros((), x.dtype)) for x in tokens)
 
 
+def merge_parts(
+    z: Float[Array, "R B M H D"], lse: Float[Array, "R B M H"]
+) -> tuple[Float[Array, "B M H D"], Float[Array, "B M H"]]:
+    """z and lse of all tokens from those of R parts of them; 0 and -inf where no part has any.
+
+    lse = log sum_r exp(lse_r),    z = sum_r exp(lse_r - lse) z_r
+    """
+    total = jax.nn.logsumexp(lse, axis=0)
+    weight = jnp.exp(lse - jnp.where(jnp.isfinite(total), total, 0)[None])
+    return jnp.sum(weight[..., None] * z, axis=0), total
+
+
 def encode(
     q: Float[Array, "M H D"],
     k: Float[Array, "B N H D"],

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from flare_jax.ops import flare
+from flare_jax.ops.reference import merge_parts
 
 
 def flare_attention_sharded(
@@ -140,15 +141,6 @@ def merged(
     """z and lse of the tokens of all devices, from those of each device's own tokens."""
     parts = lax.all_gather(jnp.concatenate([z, lse[..., None].astype(z.dtype)], -1), axis_name)
     return merge_parts(parts[..., :-1], parts[..., -1])
-
-
-def merge_parts(
-    z: Float[Array, "R B M H D"], lse: Float[Array, "R B M H"]
-) -> tuple[Float[Array, "B M H D"], Float[Array, "B M H"]]:
-    """z and lse of all tokens from those of R parts of them; -inf and 0 where no part has any."""
-    total = jax.nn.logsumexp(lse, axis=0)
-    weight = jnp.exp(lse - jnp.where(jnp.isfinite(total), total, 0)[None])
-    return jnp.sum(weight[..., None] * z, axis=0), total
 
 
 def gathered(*parts: Float[Array, "B ..."], axis_name: str) -> tuple[Float[Array, "B R ..."], ...]:

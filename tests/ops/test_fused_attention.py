@@ -166,11 +166,12 @@ def test_two_runs_give_the_same_bits(case):
         assert np.array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32), equal_nan=True)
 
 
-def test_float32_is_split_into_bfloat16_without_loss_above_2_to_the_minus_15():
+@pytest.mark.parametrize(("nearest", "loss"), [(False, 2.0**-15), (True, 2.0**-17)])
+def test_float32_is_split_into_two_bfloat16(nearest, loss):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 64)), jnp.float32)
-    hi, lo = fused_math.split_bf16(x)
+    hi, lo = fused_math.split_bf16(x, nearest)
     rest = np.asarray(x) - np.asarray(hi, np.float32) - np.asarray(lo, np.float32)
-    assert np.all(np.abs(rest) <= 2.0**-15 * np.abs(x))
+    assert np.all(np.abs(rest) <= loss * np.abs(x))
 
 
 def test_large_float16_gradients_do_not_overflow():

@@ -65,16 +65,13 @@ def streamed(tile: int, warps: int, programs: int) -> Tile:
     return Tile(tile, warps, programs, stages=1, resident=False, bias=False)
 
 
-_FEW = 132  # programs, one an SM of an H100
-
-# (C, precision, few tokens) -> Plan. "native" is bfloat16 and float16. Few tokens: one tile a
-# program, whose weight gradients are written once and never held, so one segment does.
+# (C, precision) -> Plan; "native" is bfloat16 and float16.
 PLANS = {
-    (32, "native", False): Plan(Tile(64, 4, 528, bias=False), ((5, Tile(64, 4, 264)),)),
-    (64, "native", False): Plan(
+    (32, "native"): Plan(Tile(64, 4, 528, bias=False), ((5, Tile(64, 4, 264)),)),
+    (64, "native"): Plan(
         Tile(64, 4, 396, bias=False), ((3, Tile(64, 4, 264)), (2, Tile(64, 4, 264)))
     ),
-    (128, "native", False): Plan(
+    (128, "native"): Plan(
         Tile(128, 8, 132, bias=False),
         (
             (2, streamed(128, 8, 132)),
@@ -82,27 +79,20 @@ PLANS = {
             (1, Tile(128, 8, 132, bias=False)),
         ),
     ),
-    (32, "bf16x3", False): Plan(Tile(64, 4, 528, bias=False), ((3, Tile(64, 4, 264)),)),
-    (64, "bf16x3", False): Plan(Tile(64, 4, 264, bias=False), ((2, Tile(64, 4, 264)),)),
-    (128, "bf16x3", False): Plan(streamed(64, 4, 264), ((1, streamed(64, 4, 132)),)),
-    (32, "ieee", False): Plan(streamed(32, 4, 264), ((1, streamed(32, 4, 264)),)),
-    (64, "ieee", False): Plan(streamed(32, 4, 264), ((1, streamed(32, 4, 264)),)),
-    (128, "ieee", False): Plan(streamed(32, 8, 132), ((1, streamed(32, 8, 132)),)),
-    (32, "native", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
-    (64, "native", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
-    (128, "native", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
-    (32, "bf16x3", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
-    (64, "bf16x3", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
-    (128, "bf16x3", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
-    (32, "ieee", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
-    (64, "ieee", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
-    (128, "ieee", True): Plan(streamed(16, 8, _FEW), ((5, streamed(16, 8, _FEW)),)),
+    (32, "bf16x3"): Plan(Tile(64, 4, 528, bias=False), ((3, Tile(64, 4, 264)),)),
+    (64, "bf16x3"): Plan(Tile(64, 4, 264, bias=False), ((2, Tile(64, 4, 264)),)),
+    (128, "bf16x3"): Plan(streamed(64, 4, 264), ((1, streamed(64, 4, 132)),)),
+    (32, "ieee"): Plan(streamed(32, 4, 264), ((1, streamed(32, 4, 264)),)),
+    (64, "ieee"): Plan(streamed(32, 4, 264), ((1, streamed(32, 4, 264)),)),
+    (128, "ieee"): Plan(streamed(32, 8, 132), ((1, streamed(32, 8, 132)),)),
 }
-FEW_TOKENS = 16 * _FEW
+# One tile a program, whose weight gradients are written once and never held: one segment does.
+FEW = Plan(streamed(16, 8, 132), ((5, streamed(16, 8, 132)),))
+FEW_TOKENS = 16 * 132  # a tile for each multiprocessor of an H100
 
 
 def plan_for(tokens: int, width: int, precision: str) -> Plan:
-    return PLANS[width, precision, tokens <= FEW_TOKENS]
+    return FEW if tokens <= FEW_TOKENS else PLANS[width, precision]
 
 
 def dot_precision(dtype) -> str:
