@@ -9,7 +9,7 @@ import pytest
 from conftest import relative
 
 from flare_jax.ops import reference
-from flare_jax.ops.fused import attention, attention_backward, tiles
+from flare_jax.ops.fused import attention, attention_backward, mlp, tiles
 from flare_jax.ops.fused import math as fused_math
 
 NAMES = ("y", "dq", "dk", "dv")
@@ -171,6 +171,18 @@ def test_float32_is_split_into_two_bfloat16(nearest, loss):
     hi, lo = fused_math.split_bf16(x, nearest)
     rest = np.asarray(x) - np.asarray(hi, np.float32) - np.asarray(lo, np.float32)
     assert np.all(np.abs(rest) <= loss * np.abs(x))
+
+
+def test_default_precision_does_not_reach_the_products_in_kernels(monkeypatch):
+    monkeypatch.setenv("FLARE_JAX_INTERPRET", "")
+    x, mlp_dots = jnp.ones((16, 16), jnp.bfloat16), mlp.Dots(jnp.bfloat16, "native", False)
+
+    def traced(precision):
+        with jax.default_matmul_precision(precision):
+            in_mlp = jax.make_jaxpr(lambda x: mlp_dots.dot((x,), (x,), 1, 0, 0.0))(x)
+            return str(jax.make_jaxpr(fused_math.dot)(x, x)), str(in_mlp)
+
+    assert traced("tensorfloat32") == traced("bfloat16") == traced(None)
 
 
 def test_large_float16_gradients_do_not_overflow():

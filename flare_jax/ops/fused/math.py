@@ -66,7 +66,8 @@ def split_bf16(x, nearest: bool = False):
 def dot(a, b, contract=(1, 0), precision="fast", init=None):
     """Matrix product with float32 accumulation, contracting a's axis with b's axis; plus `init`.
 
-    `precision` matters to float32 operands only: see `f32_precision`.
+    `precision` matters to float32 operands only: see `f32_precision`. That of each product is
+    named, or jax's `default_matmul_precision` would cast bfloat16 operands to float32 for TF32.
     """
     dims = (((contract[0],), (contract[1],)), ((), ()))
     if a.dtype == jnp.float32 and not interpreted() and precision == "fast":
@@ -82,7 +83,7 @@ def dot(a, b, contract=(1, 0), precision="fast", init=None):
         b,
         dims,
         preferred_element_type=jnp.float32,
-        precision=lax.Precision.HIGHEST if exact else None,
+        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
     )
     return out if init is None else _apart(init) + out
 

@@ -126,7 +126,7 @@ class Dots:
             lax.dot_general,
             dimension_numbers=(((ca,), (cb,)), ((), ())),
             preferred_element_type=jnp.float32,
-            precision=lax.Precision.HIGHEST if ieee else None,
+            precision=lax.Precision.HIGHEST if ieee else lax.Precision.DEFAULT,
         )
         pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if i + j < 2]
         for n, (i, j) in enumerate(sorted(pairs, key=lambda ij: -sum(ij))):  # small terms first
