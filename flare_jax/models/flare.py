@@ -90,12 +90,16 @@ class FLAREMixer(nnx.Module):
         norm: nnx.Module | None = None,
         axis_name: str | None = None,
     ) -> Float[Array, "B N C"]:
-        q, k, v = self.project(x, (self.k_proj, self.v_proj), norm)
+        [mixed] = self.mix(x, mask, norm, axis_name)
+        return self.out_proj(mixed)
+
+    def mix(self, x, mask, norm, axis_name=None, pass_on=False) -> tuple[jax.Array, ...]:
+        """What `out_proj` projects; with `pass_on` also x, for what else is done with it."""
+        q, k, v, *rest = self.project(x, (self.k_proj, self.v_proj), norm, pass_on)
         attention = flare_attention
         if axis_name is not None:
             attention = functools.partial(flare_attention_shard, axis_name=axis_name)
-        y = attention(q, k, v, mask=mask, **self.options)
-        return self.out_proj(y.reshape(x.shape))
+        return attention(q, k, v, mask=mask, **self.options).reshape(x.shape), *rest
 
     def encode(self, x, mask, norm) -> tuple[Float[Array, "B M H D"], Float[Array, "B M H"]]:
         """What all tokens need to know of these: z, and the log-sum-exp to merge it by."""
@@ -104,18 +108,19 @@ class FLAREMixer(nnx.Module):
         return ops.encode(q, k, v, mask, self.config.attn_scale)  # in float32, to be merged
 
     def decode(self, x, z, mask, norm) -> Float[Array, "B N C"]:
-        """The mixer's output at these tokens, given z of all tokens."""
+        """What `out_proj` projects at these tokens, given z of all tokens."""
         q, k = self.project(x, (self.k_proj,), norm)
-        return self.out_proj(flare_decode(q, k, z, mask=mask, **self.options).reshape(x.shape))
+        return flare_decode(q, k, z, mask=mask, **self.options).reshape(x.shape)
 
-    def project(self, x, projections, norm) -> tuple[jax.Array, ...]:
-        """Latent queries [M, H, D] and the `projections` of x [B, N, H, D]."""
-        q, implementation = self.latent_q[...].astype(x.dtype), self.config.implementation
-        k, *v = residual_mlps(x, projections, norm=norm, implementation=implementation)
+    def project(self, x, projections, norm, pass_on=False) -> tuple[jax.Array, ...]:
+        """Latent queries [M, H, D], the `projections` of x [B, N, H, D], with `pass_on` also x."""
+        q = self.latent_q[...].astype(x.dtype)
+        k, *rest = residual_mlps(x, projections, norm=norm, pass_on=pass_on)
+        v, rest = rest[: len(projections) - 1], rest[len(projections) - 1 :]
         k, *v = (y.reshape(*y.shape[:2], *q.shape[1:]) for y in (k, *v))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, *v
+        return q, k, *v, *rest
 
     @property
     def options(self) -> dict:
@@ -131,7 +136,6 @@ class FLAREBlock(nnx.Module):
         self.att = FLAREMixer(config, dtype=dtype, rngs=rngs)
         self.norm2 = norm(config.channel_dim, config.rmsnorm, dtype, rngs)
         self.mlp = residual_mlp(config, "ffn", dtype, rngs)
-        self.implementation = config.implementation
 
     def __call__(
         self,
@@ -139,7 +143,7 @@ class FLAREBlock(nnx.Module):
         mask: Bool[Array, "B N"] | None = None,
         axis_name: str | None = None,
     ) -> Float[Array, "B N C"]:
-        return self.feed_forward(x + self.att(x, mask, norm=self.norm1, axis_name=axis_name))
+        return self.feed_forward(*self.att.mix(x, mask, self.norm1, axis_name, pass_on=True))
 
     def encode(self, x, mask) -> tuple[Float[Array, "B M H D"], Float[Array, "B M H"]]:
         """First of two passes over parts of the tokens: see `FLAREMixer.encode`."""
@@ -147,11 +151,12 @@ class FLAREBlock(nnx.Module):
 
     def decode(self, x, z, mask) -> Float[Array, "B N C"]:
         """Second pass: the block's output at these tokens, given z of all tokens."""
-        return self.feed_forward(x + self.att.decode(x, z, mask, self.norm1))
+        return self.feed_forward(self.att.decode(x, z, mask, self.norm1), x)
 
-    def feed_forward(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
-        options = dict(norm=self.norm2, skip=True, implementation=self.implementation)
-        return residual_mlps(x, [self.mlp], **options)[0]
+    def feed_forward(self, mixed: Float[Array, "B N C"], x: Float[Array, "B N C"]) -> jax.Array:
+        """x + mlp(norm x) of x + out_proj(mixed)."""
+        add = mixed, self.att.out_proj
+        return residual_mlps(x, [self.mlp], norm=self.norm2, skip=True, add=add)[0]
 
 
 class OutputProjection(nnx.Module):
@@ -161,9 +166,8 @@ class OutputProjection(nnx.Module):
         c, layers = config.channel_dim, config.num_layers_in_out_proj
         if config.out_proj_norm:
             self.norm = norm(c, config.rmsnorm, dtype, rngs)
-        self.mlp = ResidualMLP(
-            c, c, out_dim, layers, act=config.act, input_residual=True, dtype=dtype, rngs=rngs
-        )
+        options = dict(act=config.act, implementation=config.implementation, dtype=dtype, rngs=rngs)
+        self.mlp = ResidualMLP(c, c, out_dim, layers, input_residual=True, **options)
 
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N O"]:
         return self.mlp(self.norm(x) if hasattr(self, "norm") else x)
@@ -185,9 +189,8 @@ class FLAREModel(nnx.Module):
     ):
         self.config, self.in_dim, self.dtype = config, in_dim, dtype
         c, layers = config.channel_dim, config.num_layers_in_out_proj
-        self.in_proj = ResidualMLP(
-            in_dim, c, c, layers, act=config.act, output_residual=True, dtype=dtype, rngs=rngs
-        )
+        options = dict(act=config.act, implementation=config.implementation, dtype=dtype, rngs=rngs)
+        self.in_proj = ResidualMLP(in_dim, c, c, layers, output_residual=True, **options)
         block = lambda rngs: FLAREBlock(config, dtype=dtype, rngs=rngs)
         if config.scan_blocks:
             self.blocks = nnx.vmap(block)(rngs.split(config.num_blocks))
@@ -227,5 +230,7 @@ def residual_mlp(config: FLAREConfig, name: str, dtype, rngs: nnx.Rngs) -> Resid
     c = config.channel_dim
     hidden = int(c * getattr(config, f"{name}_mlp_ratio"))
     layers = getattr(config, f"num_layers_{name}")
-    residual = dict(input_residual=True, output_residual=True)
-    return ResidualMLP(c, hidden, c, layers, act=config.act, **residual, dtype=dtype, rngs=rngs)
+    return ResidualMLP(
+        c, hidden, c, layers, input_residual=True, output_residual=True, act=config.act,
+        implementation=config.implementation, dtype=dtype, rngs=rngs,
+    )  # fmt: skip

@@ -37,7 +37,8 @@ class ResidualMLP(nnx.Module):
         x = [x +] act(fc1 x);   x = x + act(fc x) for each of `num_layers`;   [x +] fc2 x
 
     The bracketed residuals exist where asked for and where widths agree. `num_layers = -1` is one
-    dense layer, with a residual if both were asked for.
+    dense layer, with a residual if both were asked for. The layers with a residual are one GPU
+    kernel each way where it applies and `implementation` is None or "fused".
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class ResidualMLP(nnx.Module):
         act: str = "gelu",
         input_residual: bool = False,
         output_residual: bool = False,
+        implementation: str | None = None,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.act = act
+        self.act, self.implementation = act, implementation
         if num_layers == -1:
             self.fc = linear(in_dim, out_dim, dtype, rngs)
             self.residual = input_residual and output_residual and in_dim == out_dim
@@ -70,16 +72,27 @@ class ResidualMLP(nnx.Module):
         if hasattr(self, "fc"):
             return x + self.fc(x) if self.residual else self.fc(x)
         act = ACTIVATIONS[self.act]
-        x = x + act(self.fc1(x)) if self.input_residual else act(self.fc1(x))
-        for fc in self.fcs:
+        x = x if self.input_residual else act(self.fc1(x))
+        chain = self.chain()
+        if self.implementation in (None, "fused") and fits(x, [chain], self.act):
+            x = kernels.residual_mlp(x, chain, act=self.act, linear_last=self.output_residual)
+            return x if self.output_residual else self.fc2(x)
+        for fc in (*([self.fc1] if self.input_residual else []), *self.fcs):
             x = x + act(fc(x))
         return x + self.fc2(x) if self.output_residual else self.fc2(x)
 
     def chain(self) -> list[tuple[jax.Array, jax.Array]]:
-        """(kernel, bias) of each layer, if every layer has a residual; else none."""
-        if hasattr(self, "fc") or not (self.input_residual and self.output_residual):
+        """(kernel, bias) of each layer that has a residual."""
+        if hasattr(self, "fc"):
             return []
-        return [(fc.kernel[...], fc.bias[...]) for fc in (self.fc1, *self.fcs, self.fc2)]
+        layers = [self.fc1] if self.input_residual else []
+        layers += [*self.fcs, *([self.fc2] if self.output_residual else [])]
+        return [(fc.kernel[...], fc.bias[...]) for fc in layers]
+
+    @property
+    def all_residual(self) -> bool:
+        """Whether `chain` is all there is."""
+        return not hasattr(self, "fc") and self.input_residual and self.output_residual
 
 
 def residual_mlps(
@@ -88,23 +101,39 @@ def residual_mlps(
     *,
     norm: nnx.Module | None = None,
     skip: bool = False,
-    implementation: str | None = None,
+    add: tuple[Float[Array, "B N C"], nnx.Linear] | None = None,
+    pass_on: bool = False,
 ) -> tuple[Float[Array, "B N C"], ...]:
-    """mlp(norm x) for each of `mlps`, plus x with `skip`.
+    """mlp(norm x) for each of `mlps`, plus x with `skip`; with `add` = (y, dense), of x + dense(y).
 
-    One GPU kernel each way where it applies and `implementation` is None or "fused": the chain of
-    layers then stays on the chip, and only x is kept for the backward pass.
+    One GPU kernel each way where it applies and the MLPs' implementation is None or "fused": the
+    chain of layers then stays on the chip, and only x and y are kept for the backward pass. With
+    `pass_on` x is returned last: what else is done with it costs no pass over its gradient.
     """
-    fuse_norm = isinstance(norm, nnx.LayerNorm)
-    y = x if norm is None or fuse_norm else norm(x)
-    sets = [mlp.chain() for mlp in mlps]
-    if implementation in (None, "fused") and fits(y, sets, mlps[0].act):
-        scale_and_bias = (norm.scale[...], norm.bias[...]) if fuse_norm else None
-        skipped = skip and (fuse_norm or norm is None)  # the kernel's own input
-        out = kernels.residual_mlps(y, sets, act=mlps[0].act, norm=scale_and_bias, skip=skipped)
-        return tuple(x + o for o in out) if skip and not skipped else out
-    y = norm(x) if fuse_norm else y
-    return tuple(x + mlp(y) if skip else mlp(y) for mlp in mlps)
+    sets, act = [mlp.chain() for mlp in mlps], mlps[0].act
+    fused = all(mlp.all_residual and mlp.implementation in (None, "fused") for mlp in mlps)
+    if fused and fits(x, sets, act):
+        if norm is None or isinstance(norm, nnx.LayerNorm):
+            return kernels.residual_mlps(
+                x,
+                sets,
+                act=act,
+                norm=None if norm is None else (norm.scale[...], norm.bias[...]),
+                skip=skip,
+                pass_on=pass_on,
+                projection=add and (add[0], add[1].kernel[...], add[1].bias[...]),
+            )
+        x = _added(x, add)
+        out = kernels.residual_mlps(norm(x), sets, act=act)
+    else:
+        x = _added(x, add)
+        y = x if norm is None else norm(x)
+        out = [mlp(y) for mlp in mlps]
+    return *(x + o if skip else o for o in out), *([x] if pass_on else [])
+
+
+def _added(x, add):
+    return x if add is None else x + add[1](add[0])
 
 
 def fits(x, sets, act: str) -> bool:

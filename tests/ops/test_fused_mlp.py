@@ -127,6 +127,35 @@ def test_pair_equals_two(with_norm):
     assert_close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tolerance"), [(jnp.float32, None, 1e-5), (jnp.bfloat16, None, 2e-2)]
+)
+def test_projection_of_another_array_is_added_first(dtype, precision, tolerance):
+    x, layers, norm, dy = inputs(dtype=dtype)
+    y, (dense, *_), _, _ = inputs(dtype=dtype, seed=1)
+
+    def fused(x, y, dense, layers, norm):
+        options = dict(norm=norm, skip=True, plan=PLAN, precision=precision, interpret=True)
+        return mlp.residual_mlp(x, layers, projection=(y, *dense), **options)
+
+    def plain(x, y, dense, layers, norm):
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        with jax.numpy_rank_promotion("allow"):
+            x = x + y @ dense[0] + dense[1]
+        return reference(x, layers, norm=norm, skip=True)
+
+    args = (x, y, dense, layers, norm)
+    got = jax.jit(functools.partial(value_and_grads, fused))(dy, *args)
+    want = jax.jit(functools.partial(value_and_grads, plain))(dy.astype(jnp.float32), *args)
+    assert_close(got, want, tolerance)
+    x, y = x[0], y[0]
+    alone = jax.jit(fused)(x, y, dense, layers, norm)  # without a backward to come
+    assert_close(alone, got["out"][0], 1e-6 if dtype == jnp.float32 else 2e-2)
+    saved = jax.eval_shape(lambda *a: jax.vjp(fused, *a)[1], x, y, dense, layers, norm)
+    tokens = [a for a in jax.tree.leaves(saved) if a.shape[:1] == x.shape[:1]]
+    assert sum(a.size for a in tokens) == 2 * x.size
+
+
 def test_vmap_over_seeds_equals_loop():
     both = [inputs(seed=s) for s in (0, 1)]
     x, layers, norm, dy = jax.tree.map(lambda *a: jnp.stack(a), *both)

@@ -1,18 +1,19 @@
 """FLARE's residual MLP as GPU kernels, forward and backward (Pallas, Triton backend).
 
+    x  = x + y Wp + bp                            with a projection (y, Wp, bp)
     x0 = norm(x)  or  x
     x[i+1] = x[i] + act(x[i] W[i] + b[i])         every layer but the last
-    out    = x[L-1] + x[L-1] W[L-1] + b[L-1]      (+ x, with skip)
+    out    = x[L-1] + x[L-1] W[L-1] + b[L-1]      (+ x, with skip), or like the other layers
 
 All layers are C x C. A program keeps a tile of tokens on the chip through all layers, so
 the forward reads x and writes out: two passes over memory where XLA makes 5 L.
 
-The backward stores nothing between forward and backward but x. It runs in segments of
+The backward needs nothing of the forward but x (and y). It runs in segments of
 consecutive layers, last segment first. The kernel of a segment reads x and the gradient g
 at the segment's end, recomputes x[0] .. x[end], walks back through its own layers and
 writes the gradient at its start. A segment is as long as the weight gradients of its
-layers fit into registers. Weight gradients are partial sums, one a program, added up
-outside: no atomics, the same bits every time.
+layers fit into registers. Weight gradients are partial sums, one a program, all in one
+array that a single kernel adds up: no atomics, the same bits every time.
 
 float32 inputs use three bfloat16 products a dot ("bf16x3", about 2^-16) unless the matmul
 precision in force is "highest" or "float32", which means IEEE float32 ("ieee").
@@ -165,6 +166,9 @@ class Spec:
     precision: str
     skip: bool  # add x itself to the output
     normed: bool
+    linear_last: bool  # the last layer has no activation
+    projected: bool  # a dense layer of another array is added to x first
+    pass_on: bool  # x is an output too
     epsilon: float
     interpret: bool
     plan: Plan
@@ -246,10 +250,17 @@ def _normalise(x, epsilon: float):
     return x * _columns(rstd, width), rstd
 
 
-def _forward_kernel(x_ref, norm_refs, sets, out_refs, *, spec: Spec, tile: Tile, tokens: _Tokens):
-    """`sets`: the layers of each MLP on the same x; out_refs: one output each."""
+def _forward_kernel(
+    x_ref, norm_refs, sets, projection, out_refs, sum_ref,
+    *, spec: Spec, tile: Tile, tokens: _Tokens,
+):  # fmt: skip
+    """`sets`: the layers of each MLP on the same x; out_refs: one output each.
+
+    projection: (y_ref, its layer) or (); sum_ref: x + y Wp + bp, where the backward will want it.
+    """
     dtype = x_ref.dtype
     dots, act = spec.dots(dtype), spec.activation(dtype)
+    project = _Layer(dots, projection[1], tile) if projection else None
     sets = [[_Layer(dots, refs, tile) for refs in layers] for layers in sets]
     norm = [r[...].astype(jnp.float32) for r in norm_refs]
     rows_of = functools.partial(_rows, tile=tokens.tile)
@@ -257,12 +268,19 @@ def _forward_kernel(x_ref, norm_refs, sets, out_refs, *, spec: Spec, tile: Tile,
     def body(rows, mask, carry):
         for layers, out_ref in zip(sets, out_refs, strict=True):
             raw = _load(x_ref, rows, mask).astype(jnp.float32)
+            if projection:
+                y = _load(projection[0], rows, mask)
+                raw = project(dots.parts(y), raw)
+                if sum_ref is not None:
+                    _store(sum_ref, rows, mask, raw)
             x = raw
             if norm:
                 x = _normalise(raw, spec.epsilon)[0] * rows_of(norm[0]) + rows_of(norm[1])
-            for layer in layers[:-1]:
+            active = layers[:-1] if spec.linear_last else layers
+            for layer in active:
                 x = act.residual(layer(dots.parts(x)), x)
-            x = layers[-1](dots.parts(x), x)
+            if spec.linear_last:
+                x = layers[-1](dots.parts(x), x)
             if spec.skip:
                 x = x + raw
             _store(out_ref, rows, mask, x)
@@ -272,21 +290,22 @@ def _forward_kernel(x_ref, norm_refs, sets, out_refs, *, spec: Spec, tile: Tile,
 
 
 def _backward_kernel(
-    x_ref, g_ref, skip_ref, add_ref, norm_refs, layers, dx_ref, dw_ref, dnorm_ref,
+    x_ref, g_ref, skip_ref, add_ref, norm_refs, layers, projection, dx_ref, dw_ref, dy_ref,
     *, spec: Spec, first: int, tile: Tile, tokens: _Tokens,
 ):  # fmt: skip
     """Layers first .. len(layers) - 1, of which the last may be the MLP's last.
 
-    g_ref: the gradient at the last layer's output. dx_ref: at the first one's input. dw_ref
-    [layers, C + ONES, C]: partial dW^T above rows that all hold partial db. Only where first
-    is 0: skip_ref, the gradient of the MLP's output, if the skip needs it; add_ref, a
-    gradient of x to add; dnorm_ref [2, ONES, C], partial gradients of scale and bias.
+    g_ref: the gradient at the last layer's output. dx_ref: at the first one's input. dw_ref: the
+    partial sums of `_unpack`. Only where first is 0: skip_ref, the gradient of the MLP's output,
+    if the skip needs it; add_ref, a gradient of x to add; norm_refs; projection, (y_ref, its
+    layer) or (), with dy_ref, the gradient of y.
     """
     dtype = x_ref.dtype
     dots, act = spec.dots(dtype), spec.activation(dtype)
+    project = _Layer(dots, projection[1], tile) if projection else None
     layers = [_Layer(dots, refs, tile) for refs in layers]
     norm = [r[...].astype(jnp.float32) for r in norm_refs]
-    width, last = tokens.width, spec.layers - 1
+    width, last = tokens.width, spec.layers - 1 if spec.linear_last else None
     rows_of = functools.partial(_rows, tile=tokens.tile)
     own = range(first, len(layers))
 
@@ -319,10 +338,10 @@ def _backward_kernel(
             dw = dots.dot(dots.transposed(dh), inputs[i], 0, 0, dw)
             new.append((dw, dots.column_sums(dh, db)))
             g = layers[i].transposed(dh, g)
-        sums = tuple(reversed(new))
+        sums = (*reversed(new), *sums[len(own) :])
 
         if first == 0:
-            if norm:
+            if norm:  # the partial sums of its scale and bias too
                 x = _load(x_ref, rows, mask).astype(jnp.float32)
                 x, rstd = _normalise(x, spec.epsilon)
                 norm_sums = (
@@ -336,17 +355,23 @@ def _backward_kernel(
             for ref in (skip_ref, add_ref):
                 if ref is not None:
                     g = g + _load(ref, rows, mask).astype(jnp.float32)
+            if projection:
+                dh, (dw, db) = dots.parts(g), sums[-1]
+                y = dots.parts(_load(projection[0], rows, mask))
+                dw = dots.dot(dots.transposed(dh), y, 0, 0, dw)
+                sums = (*sums[:-1], (dw, dots.column_sums(dh, db)))
+                _store(dy_ref, rows, mask, project.transposed(dh, jnp.zeros_like(g)))
         _store(dx_ref, rows, mask, g)
         return sums, norm_sums
 
     zero = jnp.zeros((width, width), jnp.float32), jnp.zeros((ONES, width), jnp.float32)
-    norm_zero = (zero[1], zero[1]) if dnorm_ref is not None else ()
-    sums, norm_sums = tokens.loop(body, ((zero,) * len(own), norm_zero))
-    for i, (dw, db) in enumerate(sums):
-        dw_ref[i, pl.ds(0, width), :] = dw
-        dw_ref[i, pl.ds(width, ONES), :] = db
-    for i, value in enumerate(norm_sums):
-        dnorm_ref[i, :, :] = value
+    norm_zero = (zero[1], zero[1]) if norm and first == 0 else ()
+    sums, norm_sums = tokens.loop(body, ((zero,) * (len(own) + bool(projection)), norm_zero))
+    row = 0
+    for block in (*((dw.T, db) for dw, db in sums), norm_sums):
+        for value in block:
+            dw_ref[pl.ds(row, len(value)), :] = value
+            row += len(value)
 
 
 # ------------------------------------------------------------------- wrappers ---
@@ -377,20 +402,26 @@ def _whole(shape):
 
 
 # Jitted, so that equal MLPs of a model are traced and lowered once.
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(spec: Spec, x, norm, sets):
-    """One output [N, C] for each MLP of `sets` on the same x [N, C]."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(spec: Spec, keep: bool, x, norm, sets, projection):
+    """One output [N, C] for each MLP of `sets` on the same x [N, C]; with `keep`, also x projected.
+
+    projection: (y [N, C], its layer) or ().
+    """
     tile = spec.plan.forward
     several = spec.precision == "native" and x.shape[1] <= 64  # all weights fit on the chip
     if len(sets) > 1 and tile.resident and not several:
-        return [_forward(spec, x, norm, (layers,))[0] for layers in sets]
+        return [_forward(spec, False, x, norm, (one,), ())[0][0] for one in sets], None
     tokens = _Tokens(*x.shape, tile)
     kernel = functools.partial(_forward_kernel, spec=spec, tile=tile, tokens=tokens)
-    out = [jax.ShapeDtypeStruct(x.shape, x.dtype)] * len(sets)
-    call = _call(kernel, tile, tokens, spec, "flare_mlp", (out,), ([_whole(x.shape)] * len(sets),))
-    return call(x, norm, tuple(_operands(spec, tile, tokens, x.dtype, layers) for layers in sets))[
-        0
-    ]
+    operands = lambda layers: _operands(spec, tile, tokens, x.dtype, layers)
+    array, block = jax.ShapeDtypeStruct(x.shape, x.dtype), _whole(x.shape)
+    count, keep = len(sets), keep and spec.projected
+    shapes = [array] * count, array if keep else None
+    blocks = [block] * count, block if keep else None
+    call = _call(kernel, tile, tokens, spec, "flare_mlp", shapes, blocks)
+    projection = (projection[0], *operands(projection[1:])) if projection else ()
+    return call(x, norm, tuple(map(operands, sets)), projection)
 
 
 def segments(layers: int, backward) -> list[tuple[int, int, Tile]]:
@@ -404,67 +435,77 @@ def segments(layers: int, backward) -> list[tuple[int, int, Tile]]:
     return cuts
 
 
-def _segment(spec: Spec, tile: Tile, first: int, end: int, x, g, skip, add, norm, layers):
-    """(dx, [(dW, db), ...], (dscale, dbias)) of layers first .. end - 1."""
+def _segment(spec: Spec, tile: Tile, first: int, end: int, x, g, skip, add, norm, layers, proj):
+    """dx, dy, and the sums of `_unpack` of layers first .. end - 1, and of `proj` and the norm."""
     tokens = _Tokens(*x.shape, tile)
-    width, count, programs = x.shape[1], end - first, tokens.programs
-    with_norm = spec.normed and first == 0
+    width, count = x.shape[1], end - first + bool(proj)
     kernel = functools.partial(_backward_kernel, spec=spec, first=first, tile=tile, tokens=tokens)
-
-    def partial_sums(*shape):
-        block = pl.BlockSpec((None, *shape), lambda p: (p,) + (0,) * len(shape))
-        return jax.ShapeDtypeStruct((programs, *shape), jnp.float32), block
-
-    dw, dw_block = partial_sums(count, width + ONES, width)
-    dnorm, dnorm_block = partial_sums(2, ONES, width) if with_norm else (None, None)
+    rows = count * (width + ONES) + (2 * ONES if spec.normed and first == 0 else 0)
+    sums = jax.ShapeDtypeStruct((tokens.programs, rows, width), jnp.float32)
+    array, block = jax.ShapeDtypeStruct(x.shape, x.dtype), _whole(x.shape)
     call = _call(
         kernel, tile, tokens, spec, f"flare_mlp_bwd_{first}_{end}",
-        (jax.ShapeDtypeStruct(x.shape, x.dtype), dw, dnorm),
-        (_whole(x.shape), dw_block, dnorm_block),
+        (array, sums, array if proj else None),
+        (block, pl.BlockSpec((None, rows, width), lambda p: (p, 0, 0)), block if proj else None),
     )  # fmt: skip
-    operands = _operands(spec, tile, tokens, x.dtype, layers[:end])
-    dx, dw, dnorm = call(x, g, skip, add, norm, operands)
-    sums = jnp.sum(dw[:, :, : width + 1], axis=0)
-    dw = lax.optimization_barrier(sums[:, :width].swapaxes(1, 2))  # one kernel, not one a layer
-    grads = [(dw[i], sums[i, width]) for i in range(count)]
-    return dx, grads, tuple(jnp.sum(dnorm[:, :, 0], axis=0)) if with_norm else ()
+    operands = functools.partial(_operands, spec, tile, tokens, x.dtype)
+    proj = (proj[0], *operands(proj[1:])) if proj else ()
+    dx, sums, dy = call(x, g, skip, add, norm, operands(layers[:end]), proj)
+    return dx, dy, jnp.sum(sums, axis=0)
+
+
+def _unpack(sums: jax.Array, count: int) -> tuple[list, tuple]:
+    """[(dW, db), ...] of `count` layers and what is left, of sums [rows, C].
+
+    Each layer has C rows dW above ONES equal rows db; the norm's scale and bias have ONES equal
+    rows each.
+    """
+    width = sums.shape[1]
+    layers = [sums[i * (width + ONES) :][: width + 1] for i in range(count)]
+    return [(w[:width], w[width]) for w in layers], tuple(sums[count * (width + ONES) :: ONES])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(spec: Spec, x, norm, layers, dout, add=None):
-    """(dx + add, dnorm, dlayers) of one MLP."""
+def _backward(spec: Spec, x, norm, layers, projection, dout, add=None):
+    """(dx + add, dnorm, dlayers, dprojection) of one MLP; x after the projection."""
     g, dlayers = dout, []
     for first, end, tile in segments(spec.layers, spec.plan.backward):
         bottom = first == 0
-        g, grads, dnorm = _segment(
+        proj = projection if bottom else ()
+        g, dy, sums = _segment(
             spec, tile, first, end, x, g, dout if spec.skip and bottom else None,
-            add if bottom else None, norm, layers,
+            add if bottom else None, norm, layers, proj,
         )  # fmt: skip
-        dlayers = grads + dlayers
+        grads, dnorm = _unpack(sums, end - first + bool(proj))
+        dlayers = grads[: end - first] + dlayers
+    dprojection = (dy, grads[-1]) if projection else ()
 
     def cast(grad, like):
         return grad.astype(like.dtype)
 
-    return g, jax.tree.map(cast, dnorm, norm), jax.tree.map(cast, tuple(dlayers), layers)
+    grads = dnorm, tuple(dlayers), dprojection
+    return g, *jax.tree.map(cast, grads, (norm, layers, projection))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mlps(spec: Spec, x, norm, sets):
-    return tuple(_forward(spec, x, norm, sets))
+def _mlps(spec: Spec, x, norm, sets, projection):
+    return *_forward(spec, False, x, norm, sets, projection)[0], *([x] if spec.pass_on else [])
 
 
-def _mlps_fwd(spec, x, norm, sets):
-    return _mlps(spec, x, norm, sets), (x, norm, sets)
+def _mlps_fwd(spec, x, norm, sets, projection):
+    out, total = _forward(spec, True, x, norm, sets, projection)
+    outs = *out, *([x] if spec.pass_on else [])
+    return outs, (x if total is None else total, norm, sets, projection)
 
 
 def _mlps_bwd(spec, saved, douts):
-    x, norm, sets = saved
-    dx, dnorms, dsets = None, [], []
-    for layers, dout in zip(sets, douts, strict=True):
-        dx, dnorm, dlayers = _backward(spec, x, norm, layers, dout, add=dx)
+    x, norm, sets, projection = saved
+    dx, dnorms, dsets = douts[-1] if spec.pass_on else None, [], []
+    for layers, dout in zip(sets, douts[: len(sets)], strict=True):
+        dx, dnorm, dlayers, dprojection = _backward(spec, x, norm, layers, projection, dout, add=dx)
         dnorms.append(dnorm)
         dsets.append(dlayers)
-    return dx, jax.tree.map(lambda *d: sum(d[1:], d[0]), *dnorms), tuple(dsets)
+    return dx, jax.tree.map(lambda *d: sum(d[1:], d[0]), *dnorms), tuple(dsets), dprojection
 
 
 _mlps.defvjp(_mlps_fwd, _mlps_bwd)
@@ -510,35 +551,9 @@ def _needs_gpu() -> None:
         )
 
 
-def residual_mlp(
-    x: jax.Array,
-    layers: Layers,
-    *,
-    act: str = "gelu",
-    norm: tuple[jax.Array, jax.Array] | None = None,
-    skip: bool = False,
-    epsilon: float = 1e-5,
-    plan: Plan | None = None,
-    precision: str | None = None,
-    interpret: bool | None = None,
-) -> jax.Array:
-    """The residual MLP of x [..., C]; output and gradient of x in x.dtype.
-
-    layers: (kernel [C, C] as [in, out], bias [C]) of fc1, the hidden layers and fc2.
-    norm: (scale, bias) of a LayerNorm in front, with `epsilon`. skip: add x, before the norm.
-    plan, precision: block sizes and kind of dot, else from the table and the dtype.
-    """
-    return residual_mlps(
-        x,
-        (layers,),
-        act=act,
-        norm=norm,
-        skip=skip,
-        epsilon=epsilon,
-        plan=plan,
-        precision=precision,
-        interpret=interpret,
-    )[0]
+def residual_mlp(x: jax.Array, layers: Layers, **options) -> jax.Array:
+    """One residual MLP of x [..., C]: see `residual_mlps`, whose `options` it takes."""
+    return residual_mlps(x, (layers,), **options)[0]
 
 
 def residual_mlps(
@@ -548,12 +563,32 @@ def residual_mlps(
     act: str = "gelu",
     norm: tuple[jax.Array, jax.Array] | None = None,
     skip: bool = False,
+    linear_last: bool = True,
+    projection: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    pass_on: bool = False,
     epsilon: float = 1e-5,
     plan: Plan | None = None,
     precision: str | None = None,
     interpret: bool | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Several MLPs of equal depth on the same x, and one gradient of x: see `residual_mlp`."""
+    """Residual MLPs of equal depth on the same x [..., C]; outputs and gradient of x in x.dtype.
+
+    Args:
+        x: bfloat16, float16 or float32.
+        sets: for each MLP its layers, (kernel [C, C] as [in, out], bias [C]) each.
+        act: the activation, of ACTIVATIONS.
+        norm: (scale, bias) of a LayerNorm in front, with `epsilon`.
+        skip: add x, before the norm.
+        linear_last: the last layer has no activation.
+        projection: (y [..., C], kernel, bias) of a dense layer: x + y kernel + bias in place of x.
+            With one MLP only.
+        pass_on: return x too. Where x is used again, use this one: the gradient of that use is then
+            added inside the kernel.
+        plan, precision: block sizes and kind of dot, else from the table and the dtype.
+        interpret: run in interpret mode, else as `interpreted` says.
+    """
+    if projection is not None and len(sets) > 1:
+        raise ValueError(f"projection: needs one MLP, got {len(sets)}")
     precision = precision or dot_precision(x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     spec = Spec(
@@ -562,10 +597,17 @@ def residual_mlps(
         precision=precision,
         skip=skip,
         normed=norm is not None,
+        linear_last=linear_last,
+        projected=projection is not None,
+        pass_on=pass_on,
         epsilon=epsilon,
         interpret=interpreted() if interpret is None else interpret,
         plan=plan or plan_for(flat.shape[0], flat.shape[1], precision),
     )
     sets = tuple(tuple((w, b) for w, b in layers) for layers in sets)
-    outs = _mlps(spec, flat, () if norm is None else tuple(norm), sets)
+    norm = () if norm is None else tuple(norm)
+    if projection is not None:
+        y, kernel, bias = projection
+        projection = y.reshape(flat.shape), (kernel, bias)
+    outs = _mlps(spec, flat, norm, sets, projection or ())
     return tuple(out.reshape(x.shape) for out in outs)
