@@ -448,7 +448,7 @@ def _segment(spec: Spec, tile: Tile, first: int, end: int, x, g, skip, add, norm
         (array, sums, array if proj else None),
         (block, pl.BlockSpec((None, rows, width), lambda p: (p, 0, 0)), block if proj else None),
     )  # fmt: skip
-    operands = functools.partial(_operands, spec, tile, tokens, x.dtype)
+    operands = lambda layers: _operands(spec, tile, tokens, x.dtype, layers)
     proj = (proj[0], *operands(proj[1:])) if proj else ()
     dx, sums, dy = call(x, g, skip, add, norm, operands(layers[:end]), proj)
     return dx, dy, jnp.sum(sums, axis=0)
@@ -589,6 +589,10 @@ def residual_mlps(
     """
     if projection is not None and len(sets) > 1:
         raise ValueError(f"projection: needs one MLP, got {len(sets)}")
+    if projection is not None and x.shape[-1] > 64:  # its weights do not fit on the chip as well
+        y, kernel, bias = projection
+        y = jnp.dot(y, kernel.astype(y.dtype)) + jnp.expand_dims(bias, range(y.ndim - 1))
+        x, projection = (x + y).astype(x.dtype), None
     precision = precision or dot_precision(x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     spec = Spec(

@@ -124,8 +124,12 @@ DQ_IN_REGISTERS = 256 * 16  # latents x columns; above, dq has a kernel of its o
 
 
 def fuses_dq(shape: Shape) -> bool:
-    """Whether the kernel of dk and dv also holds dq of all latents."""
-    return pow2(shape.m) * shape.width <= DQ_IN_REGISTERS
+    """Whether the kernel of dk and dv also holds dq of all latents.
+
+    Four heads a program with operands in two halves need more shared memory than there is.
+    """
+    heads = shape.group // 2 if shape.precision != "native" else 1
+    return pow2(shape.m) * shape.width * max(1, heads) <= DQ_IN_REGISTERS
 
 
 def entry_for(kernel: str, shape: Shape) -> tuple[str, str, str]:
