@@ -31,9 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from flare_jax.solvers import voxels
 from flare_jax.solvers.voxels import Mesh
 
-SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)  # nodes of a plane
+SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024)  # nodes of a plane
 STEP = 256  # between larger sizes
 
 _QUADRANTS = np.array([[y, x] for y in (0, 1) for x in (0, 1)])  # voxels around a node, in a plane
@@ -130,9 +131,7 @@ def _pad(a: np.ndarray, size: int, value: float) -> Float[np.ndarray, "m c"]:
     return filled
 
 
-def build(
-    solid: Bool[np.ndarray, "nx ny nz"], mesh: Mesh, k, f, per_layer: int
-) -> Sums:
+def build(solid: Bool[np.ndarray, "nx ny nz"], mesh: Mesh, k, f, per_layer: int) -> Sums:
     """Displacements when layers of `per_layer` voxels are added one after another, shrinking.
 
     Args:
@@ -165,6 +164,56 @@ def build(
             total[plane] = rest[plane] + (_resized(own[plane], size) if plane in own else 0)
         counts = np.bincount(mesh.index[:, 2])
         return Sums(*(_joined(jax.device_get(part), counts) for part in (total, rest)))
+
+
+def release(
+    solid: Bool[np.ndarray, "nx ny nz"], mesh: Mesh, k, voxel, force: Float[np.ndarray, "n 3"]
+) -> Float[np.ndarray, "n 3"]:
+    """Displacement of the whole part under a force on its base that no longer is held.
+
+    The force balances itself, as that of the plate does. The solution is that without mean
+    displacement and rotation of the base. Elimination goes from the top down, so that the base is
+    the last plane: the part is turned over.
+    """
+    over = np.arange(8) ^ 4  # corners with their z bits changed
+    k = k.reshape(8, 3, 8, 3)[over][:, :, over].reshape(24, 24)
+    flipped, counts = solid[:, :, ::-1], np.bincount(mesh.index[:, 2])
+    with jax.enable_x64(True):
+        table = jax.device_put(tables(k, np.zeros(24)))
+        layers = [jax.device_put(s) for s in slabs(flipped, voxels.mesh(flipped))]
+        size, kept = len(layers[0].below), []
+        schur, load = jnp.zeros((3 * size, 3 * size)), jnp.zeros(3 * size)
+        for slab in layers:
+            size = len(slab.below)
+            schur, load = _resized(schur, size), _resized(load, size)
+            factor, schur, load = _eliminated(schur, load, slab, table)
+            kept.append(factor)
+        pad = lambda a: np.pad(a, [(0, 3 * size - len(a))] + [(0, 0)] * (a.ndim - 1))
+        base = force[: counts[0]].ravel()
+        modes = _rigid(mesh.index[: counts[0]] * np.asarray(voxel))
+        u = _settled(schur + _stiff(schur, pad(modes)), pad(base), layers[-1])
+        planes = {0: u}
+        for plane, (slab, factor) in enumerate(zip(layers[::-1], kept[::-1], strict=True), 1):
+            u = _descended(*factor, _resized(u, len(slab.below)), slab, table)
+            planes[plane] = u
+        planes = jax.device_get(planes)
+    return np.concatenate([planes[p].reshape(-1, 3)[:m] for p, m in enumerate(counts)])
+
+
+def _rigid(place: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, "3*m 6"]:
+    """Orthonormal displacements of the base without strain."""
+    x, y, z = (place - place.mean(0, keepdims=True)).T
+    zero, one = np.zeros_like(x), np.ones_like(x)
+    moves = [(one, zero, zero), (zero, one, zero), (zero, zero, one)]
+    turns = [(zero, -z, y), (z, zero, -x), (-y, x, zero)]
+    modes = np.stack([np.stack(mode, 1).ravel() for mode in moves + turns], 1)
+    return np.linalg.qr(modes)[0]
+
+
+@jax.jit
+def _stiff(schur: Float[Array, "d d"], modes: Float[Array, "d 6"]) -> Float[Array, "d d"]:
+    """What makes a free base's matrix regular without changing the solution."""
+    return jnp.max(jnp.diag(schur)) * modes @ modes.T
 
 
 def _joined(planes: dict[int, np.ndarray], counts: np.ndarray) -> Float[np.ndarray, "n 3"]:
@@ -221,9 +270,7 @@ def _blocks(quadrants: Float[Array, "m 4"], table: Float[Array, "4 81"]):
     return (quadrants @ table).reshape(-1, 9, 3, 3)
 
 
-def _matrix(
-    blocks: Float[Array, "m 9 3 3"], neighbours: Int[Array, "m 9"]
-) -> Float[Array, "d d"]:
+def _matrix(blocks: Float[Array, "m 9 3 3"], neighbours: Int[Array, "m 9"]) -> Float[Array, "d d"]:
     """The blocks in their places in a dense matrix."""
     m = len(blocks)
     nodes = jnp.broadcast_to(jnp.arange(m, dtype=neighbours.dtype)[:, None], (m, 9))

@@ -22,7 +22,7 @@ VTK = np.array([0, 1, 3, 2, 4, 5, 7, 6])  # corner of each node of a VTK_HEXAHED
 class Mesh(NamedTuple):
     """Nodes and elements of a solid; `number` is -1 where the grid has no node."""
 
-    number: Int[np.ndarray, "nx+1 ny+1 nz+1"]
+    number: Int[np.ndarray, "X Y Z"]  # X = nx + 1 and so on
     index: Int[np.ndarray, "n 3"]  # grid coordinates of each node
     corners: Int[np.ndarray, "e 8"]  # nodes of each element in the order of CORNERS
     layer: Int[np.ndarray, "e"]  # z index of each element
@@ -116,7 +116,7 @@ def strain_matrix(place, voxel) -> Float[np.ndarray, "6 24"]:
 def element(voxel, hooke, strain) -> tuple[np.ndarray, np.ndarray]:
     """Stiffness [24, 24] of a voxel, and the nodal forces [24] that a stress-free strain exerts.
 
-        K = int B^T C B,    f = int B^T C strain
+    K = int B^T C B,    f = int B^T C strain
     """
     gauss = 0.5 + np.array([-0.5, 0.5]) / np.sqrt(3)
     weight = np.prod(voxel) / 8
@@ -128,14 +128,18 @@ def element(voxel, hooke, strain) -> tuple[np.ndarray, np.ndarray]:
     return k, f
 
 
-def nodal_sum(
-    corners: Int[np.ndarray, "e 8"], parts: Float[np.ndarray, "e 8 c"], nodes: int
-) -> Float[np.ndarray, "n c"]:
+def nodal_sum(mesh: Mesh, parts: Float[np.ndarray, "e 8 c"]) -> Float[np.ndarray, "n c"]:
     """Sum at each node over its elements, in a fixed order."""
-    columns = [
-        np.bincount(corners.ravel(), parts[..., c].ravel(), nodes) for c in range(parts.shape[-1])
-    ]
-    return np.stack(columns, -1)
+    at, count = mesh.corners.ravel(), len(mesh.index)
+    columns = np.moveaxis(parts, -1, 0).reshape(parts.shape[-1], -1)
+    return np.stack([np.bincount(at, column, count) for column in columns], -1)
+
+
+def nodal_mean(mesh: Mesh, values: Float[np.ndarray, "e c"]) -> Float[np.ndarray, "n c"]:
+    """Mean at each node over its elements."""
+    count = np.bincount(mesh.corners.ravel())
+    shape = (len(values), 8, values.shape[1])
+    return nodal_sum(mesh, np.broadcast_to(values[:, None], shape)) / count[:, None]
 
 
 def von_mises(stress: Float[np.ndarray, "n 6"]) -> Float[np.ndarray, "n"]:
