@@ -250,11 +250,11 @@ def _eliminated(schur, load, slab: Slab, table: Tables):
     matrix = schur + _matrix(_blocks(slab.below, table.below), slab.along_below)
     factor = jnp.linalg.cholesky(_with_ones(matrix, slab.along_below[:, 4] < len(slab.below)))
     across = _matrix(_blocks(slab.below, table.across), slab.across)
-    right = jnp.concatenate([across, load[:, None]], 1)
-    solved = jax.lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
-    w, y = solved[:, :-1], solved[:, -1]
+    right = jnp.concatenate([across.T, load[None]])  # solved from the right: the rows are upper
+    solved = jax.lax.linalg.triangular_solve(factor, right, lower=True, transpose_a=True)
+    w, y = solved[:-1], solved[-1]
     above = _matrix(_blocks(slab.above, table.above), slab.along_above)
-    return (factor, load), above - w.T @ w, (slab.above @ table.load_above).ravel() - y @ w
+    return (factor, load), above - w @ w.T, (slab.above @ table.load_above).ravel() - w @ y
 
 
 @jax.jit
