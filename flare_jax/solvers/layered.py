@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flare_jax.solvers import voxels
 from flare_jax.solvers.voxels import Mesh
 
-SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024)  # nodes of a plane
+SIZES = (32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024)  # nodes of a plane
 STEP = 256  # between larger sizes
 
 _QUADRANTS = np.array([[y, x] for y in (0, 1) for x in (0, 1)])  # voxels around a node, in a plane

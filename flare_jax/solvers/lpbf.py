@@ -103,7 +103,8 @@ def simulate(
     u = np.where(upper[None, :, None], total[mesh.corners], rest[mesh.corners]).reshape(-1, 24)
     fixed = mesh.index[:, 2] == 0
     if release:
-        cut = layered.release(solid, mesh, k, voxel, -fixed[:, None] * _forces(mesh, u, k, f))
+        held = np.where(fixed[:, None], _forces(mesh, u, k, f), 0.0)
+        cut = layered.release(solid, mesh, k, voxel, -held)
         total, u = total + cut, u + cut[mesh.corners].reshape(-1, 24)
         fixed = np.zeros_like(fixed)
     _check_balance(_forces(mesh, u, k, f)[~fixed], np.sqrt(len(u)) * np.linalg.norm(f), name)
