@@ -143,8 +143,7 @@ def build(solid: Bool[np.ndarray, "nx ny nz"], mesh: Mesh, k, f, per_layer: int)
     A matrix that is not positive definite gives NaN; nothing is raised here.
     """
     with jax.enable_x64(True):
-        table = jax.device_put(tables(k, f))
-        layers = [jax.device_put(s) for s in slabs(solid, mesh)]
+        table, layers = jax.device_put((tables(k, f), slabs(solid, mesh)))
         schur, load = _founded(layers[0], table)
         own, kept = {}, {}
         for plane in range(1, len(layers) + 1):
@@ -179,8 +178,8 @@ def release(
     k = k.reshape(8, 3, 8, 3)[over][:, :, over].reshape(24, 24)
     flipped, counts = solid[:, :, ::-1], np.bincount(mesh.index[:, 2])
     with jax.enable_x64(True):
-        table = jax.device_put(tables(k, np.zeros(24)))
-        layers = [jax.device_put(s) for s in slabs(flipped, voxels.mesh(flipped))]
+        found = slabs(flipped, voxels.mesh(flipped))
+        table, layers = jax.device_put((tables(k, np.zeros(24)), found))
         size, kept = len(layers[0].below), []
         schur, load = jnp.zeros((3 * size, 3 * size)), jnp.zeros(3 * size)
         for slab in layers:
@@ -222,11 +221,15 @@ def _joined(planes: dict[int, np.ndarray], counts: np.ndarray) -> Float[np.ndarr
     return np.concatenate([np.zeros((counts[0], 3)), *parts])
 
 
-@partial(jax.jit, static_argnums=1)
 def _resized(a: Float[Array, "..."], size: int) -> Float[Array, "..."]:
-    """A matrix or vector of unknowns of planes with another number of (padded) nodes."""
-    a = a[(slice(3 * size),) * a.ndim]
-    return jnp.pad(a, [(0, 3 * size - n) for n in a.shape])
+    """A matrix or vector of the unknowns of a plane, for another number of (padded) nodes."""
+    return a if len(a) == 3 * size else _cut_or_padded(a, 3 * size)
+
+
+@partial(jax.jit, static_argnums=1)
+def _cut_or_padded(a: Float[Array, "..."], size: int) -> Float[Array, "..."]:
+    a = a[(slice(size),) * a.ndim]
+    return jnp.pad(a, [(0, size - n) for n in a.shape])
 
 
 @jax.jit

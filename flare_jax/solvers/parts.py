@@ -207,30 +207,24 @@ def lattice(rng, box: float) -> tuple[Shape, float]:
     """Struts of a body-centred cubic lattice or a gyroid, on a foot and under a cover."""
     w, d, h = rng.uniform(0.4, 0.9, 3) * box
     t = rng.uniform(0.05, 0.1) * box
-    frame = cuboid((-w / 2, -d / 2, 0), (w / 2, d / 2, h))
+    low, high = np.array([-w / 2, -d / 2, 0.0]), np.array([w / 2, d / 2, h])
     if rng.random() < 0.5:
         core = gyroid(rng.uniform(0.3, 0.5) * box, t)
     else:
-        n = rng.integers(2, 4, 3)
-        grid = [
-            np.linspace(*r, m + 1)
-            for r, m in zip([(-w / 2, w / 2), (-d / 2, d / 2), (0, h)], n, strict=True)
-        ]
-        cells = [[(g[i], g[i + 1]) for g, i in zip(grid, at, strict=True)] for at in np.ndindex(*n)]
-        core = union(*(bar for cell in cells for bar in _diagonals(cell, t / 2)))
-    plates = [cuboid((-w / 2, -d / 2, 0), (w / 2, d / 2, t))]
+        core = diagonals(low, (high - low) / rng.integers(2, 4, 3), t / 2)
+    plates = [cuboid(low, (w / 2, d / 2, t))]
     if rng.random() < 0.7:
-        plates.append(cuboid((-w / 2, -d / 2, h - t), (w / 2, d / 2, h)))
-    return common(frame, union(core, *plates)), t
+        plates.append(cuboid((-w / 2, -d / 2, h - t), high))
+    return common(cuboid(low, high), union(core, *plates)), t
 
 
-def _diagonals(cell, radius: float) -> list[Shape]:
-    """The four diagonals of a cell ((x0, x1), (y0, y1), (z0, z1))."""
-    ends = [
-        np.array([side[bit] for side, bit in zip(cell, (*bits, 0), strict=True)])
-        for bits in np.ndindex(2, 2)
-    ]
-    return [strut(a, np.sum(cell, 1) - a, radius) for a in ends]
+def diagonals(low, cell, radius: float) -> Shape:
+    """Struts along the four diagonals of every cell of a grid through `low`."""
+    ends = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]])
+    struts = union(*(strut(end * cell, (1 - end) * cell, radius) for end in ends))
+    return lambda *place: struts(
+        *(np.mod(p - a, c) for p, a, c in zip(place, low, cell, strict=True))
+    )
 
 
 def bridge(rng, box: float) -> tuple[Shape, float]:
