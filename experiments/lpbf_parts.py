@@ -26,21 +26,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import records
+from experiments import records, report
 from flare_jax.solvers import lpbf
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection  # noqa: E402
 
-# Statistics of the 1,390 kept parts of vedantpuri/LPBF_FLARE, from its card. An edge is a column of
-# `edge_index`; displacement and stress are the largest at a node of each part.
-PUBLISHED = {
-    "nodes": {"mean": 20_972, "std": 12_476, "min": 736, "median": 19_743, "max": 47_542},
-    "edges": {"mean": 114_135, "max": 249_930},
-    "largest upward displacement, mm": {"mean": 0.295, "median": 0.271, "max": 0.998},
-    "largest von Mises stress, MPa": {"mean": 853},
-}
+PUBLISHED = report.published()["lpbf_parts"]["statistics"]
 STATISTICS = {
     "mean": np.mean,
     "std": np.std,

@@ -14,8 +14,9 @@ stresses at edges and at the plate grow beyond the yield stress. What is learned
 not depend on Young's modulus at all.
 
 **Inherent strain** is plastic and keeps volume: (-e, -e, 2 e) with one number e, the same for all
-parts. It is calibrated, not measured: with it the largest upward displacements of the parts of
-`parts.py` are about those that are published for the FLARE LPBF data set (mean 0.295 mm).
+parts. It is calibrated, not measured: about the largest e with which most parts of `parts.py` stay
+within the limits below. Displacements are then somewhat smaller than the published ones, stresses
+larger (`experiments/lpbf_parts.py` has both): where the rigid plate ends nothing gives way.
 
 **Discretisation.** Equal hexahedra (`voxels.py`), a whole number of them to a layer, and a direct
 solution of all layers at once in float64 (`layered.py`). Stress is the mean over the elements
@@ -46,7 +47,7 @@ from flare_jax.solvers import layered, parts, voxels
 VERSION = 1  # raise when `generate` gives other numbers for the same seed and index
 LAYER = parts.LAYER
 YOUNGS, POISSON = 113.8e3, 0.342  # MPa, of Ti-6Al-4V
-STRAIN = -0.005, -0.005, 0.01  # of xx, yy, zz; see above
+STRAIN = -0.0035, -0.0035, 0.007  # of xx, yy, zz; see above
 TOLERANCE = 1e-8  # unbalanced force over that of the inherent strain
 MAX_NODES, MAX_EDGES = {"paper": 50_000, "small": 2_500}, 250_000
 MAX_DISPLACEMENT, MAX_STRESS = 1.0, 2000.0  # mm upwards or downwards, MPa

@@ -29,6 +29,7 @@ SIZES = {  # side of the envelope in mm, fewest and most nodes to aim at
 }
 SPREAD = 1.2, 1.5  # of the Beta distribution of nodes over that range
 WIDTHS = 0.7, 3.0  # mm, of voxels: cube root of the volume
+UPRIGHT = 0.3  # share of parts that are built as drawn; the others lie on any side
 FLATNESS = 0.7  # height over width of voxels: the solver likes many small planes
 
 Coordinate = Float[np.ndarray, "..."]
@@ -302,12 +303,14 @@ def candidate(seed: int, index: int, attempt: int, size: str) -> Part | None:
     box, fewest, most = SIZES[size]
     family = FAMILIES[rng.integers(len(FAMILIES))]
     shape, wall = family(rng, box)
-    turn = rng.integers(2), rng.choice([-1, 1]), rng.choice([-1, 1])
+    upright = rng.random() < UPRIGHT
+    axes = (*rng.permutation(2), 2) if upright else tuple(rng.permutation(3))
+    signs = tuple(rng.choice([-1, 1], 2)) + (1 if upright else rng.choice([-1, 1]),)
     nodes = fewest + (most - fewest) * rng.beta(*SPREAD)
     width = box / 30
     for _ in range(3):  # the first is coarse; then the width follows from the number of nodes
         voxel = voxel_of(width)
-        drawn = sample(shape, turn, box, voxel)
+        drawn = sample(shape, axes, signs, box, voxel)
         solid = standing(drawn, round(LAYER / voxel[2]))
         if solid.sum() <= 0.5 * drawn.sum():
             return None
@@ -323,14 +326,17 @@ def voxel_of(width: float) -> tuple[float, float, float]:
     return across, across, height
 
 
-def sample(shape: Shape, turn, box: float, voxel) -> Bool[np.ndarray, "nx ny nz"]:
-    """The voxels of the envelope whose centres are inside; `turn` swaps and mirrors x and y."""
+def sample(shape: Shape, axes, signs, box: float, voxel) -> Bool[np.ndarray, "nx ny nz"]:
+    """The voxels of the envelope whose centres are inside the shape, put down on the plate.
+
+    The shape's axis a lies along axis axes[a] of the envelope, or against it if signs[a] is -1.
+    """
     n = [int(box / v + 1e-6) for v in voxel]
-    x, y = ((np.arange(m) + 0.5 - m / 2) * v for m, v in zip(n[:2], voxel[:2], strict=True))
-    z = (np.arange(n[2]) + 0.5) * voxel[2]
-    x, y, z = turn[1] * x[:, None, None], turn[2] * y[None, :, None], z[None, None, :]
-    inside = shape(y, x, z) if turn[0] else shape(x, y, z)
-    return np.broadcast_to(inside < 0, n)
+    place = [(np.arange(m) + 0.5 - m / 2) * v for m, v in zip(n, voxel, strict=True)]
+    place = [p.reshape([-1 if a == b else 1 for b in range(3)]) for a, p in enumerate(place)]
+    x, y, z = (sign * place[a] for a, sign in zip(axes, signs, strict=True))
+    inside = np.broadcast_to(shape(x, y, z + box / 2) < 0, n)
+    return inside[:, :, np.argmax(inside.any((0, 1))) :]
 
 
 def standing(solid: Bool[np.ndarray, "nx ny nz"], per_layer: int) -> Bool[np.ndarray, "..."]:
