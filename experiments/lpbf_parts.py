@@ -171,7 +171,7 @@ def draw(axis, part: lpbf.PartMesh) -> None:
     low, high = corners.min((0, 1)), corners.max((0, 1))
     middle, half = (low + high) / 2, (high - low).max() / 2
     axis.set(**{f"{c}lim": (m - half, m + half) for c, m in zip("xyz", middle, strict=True)})
-    axis.set_box_aspect((1, 1, 1), zoom=1.1)
+    axis.set_box_aspect((1, 1, 1), zoom=1.02)
     axis.view_init(elev=30, azim=-60)
     axis.set_axis_off()
     axis.set_title(
