@@ -51,6 +51,7 @@ STRAIN = -0.0035, -0.0035, 0.007  # of xx, yy, zz; see above
 TOLERANCE = 1e-8  # unbalanced force over that of the inherent strain
 MAX_NODES, MAX_EDGES = {"paper": 50_000, "small": 2_500}, 250_000
 MAX_DISPLACEMENT, MAX_STRESS = 1.0, 2000.0  # mm upwards or downwards, MPa
+MAX_PLANE = 8_000  # nodes at one height: about 5 GB a matrix
 MAX_ATTEMPTS = 100  # candidates for one part
 WORKERS = 3  # parts in work at once on an accelerator: the host prepares one while another runs
 
@@ -91,11 +92,12 @@ def simulate(
         name: of the part, for messages and the result.
 
     Raises:
-        ValueError: for a part that is empty, in pieces, or hangs in the air at some layer, and for
-            sizes that are not positive or do not fit together.
+        ValueError: for a part that is empty, in pieces, too wide, or in the air when a layer is
+            built, and for sizes that are not positive or do not fit together.
         SolverError: when forces do not balance to TOLERANCE.
     """
-    per_layer = check(solid, voxel, layer, name)
+    solid = np.asarray(solid)
+    per_layer = check(solid, voxel, layer, strain, name)
     mesh = voxels.mesh(solid)
     hooke, eigen = voxels.elasticity(YOUNGS, POISSON), np.array([*strain, 0.0, 0.0, 0.0])
     k, f = voxels.element(voxel, hooke, eigen)
@@ -135,7 +137,7 @@ def _check_balance(force: Float[np.ndarray, "n 3"], scale: float, name: str) -> 
         )
 
 
-def check(solid, voxel, layer: float, name: str) -> int:
+def check(solid: np.ndarray, voxel, layer: float, strain, name: str) -> int:
     """Voxels to a layer; raises ValueError for what cannot be built."""
     if solid.ndim != 3 or solid.dtype != bool:
         raise ValueError(
@@ -148,6 +150,8 @@ def check(solid, voxel, layer: float, name: str) -> int:
         raise ValueError(
             f"{name}: layer must be a multiple of the voxels' height {voxel[2]} mm, got {layer} mm"
         )
+    if len(strain) != 3 or not np.isfinite(strain).all():
+        raise ValueError(f"{name}: strain must be three finite numbers, got {strain}")
     if not solid.any():
         raise ValueError(f"{name}: solid has no voxel that is true, so no elements")
     if not solid[:, :, 0].any():
@@ -162,6 +166,12 @@ def check(solid, voxel, layer: float, name: str) -> int:
         raise ValueError(
             f"{name}: {count} loose pieces that share no face of a voxel, of {sizes.tolist()} "
             f"voxels; one holds voxel ({i}, {j}, {k})"
+        )
+    widest = np.bincount(voxels.mesh(solid).index[:, 2]).max()
+    if widest > MAX_PLANE:
+        raise ValueError(
+            f"{name}: {widest:,} nodes at one height, at most {MAX_PLANE:,} can be solved for; "
+            "take larger voxels"
         )
     loose = voxels.unsupported(solid, per_layer)
     if loose.any():

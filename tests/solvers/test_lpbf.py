@@ -267,6 +267,13 @@ def test_what_cannot_be_built_is_refused(solid, voxel, layer, message):
         lpbf.simulate(solid, voxel, layer=layer, name="gearbox")
 
 
+def test_strains_and_parts_that_cannot_be_solved_for_are_refused():
+    with pytest.raises(ValueError, match="three finite numbers, got .nan"):
+        lpbf.simulate(table(), VOXEL, layer=2.5, strain=(np.nan, 0.0, 0.0))
+    with pytest.raises(ValueError, match="sheet: 10,201 nodes at one height, at most 8,000"):
+        lpbf.simulate(np.ones((100, 100, 1), bool), (1.0, 1.0, 2.5), name="sheet")
+
+
 def test_a_size_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="one of paper, small, got 'large'"):
         lpbf.generate(range(1), seed=0, size="large")
