@@ -1,10 +1,14 @@
 """Settings of every test: eight fake CPU devices, full float32 products, no silent broadcasting."""
 
+import os
 import pathlib
 
-import jax
-import numpy as np
-import pytest
+# Tests run side by side, and threads of OpenBLAS that wait for a core spin. Read when it is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

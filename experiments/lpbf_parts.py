@@ -1,0 +1,227 @@
+"""Generated parts for powder bed fusion beside the published ones: statistics, pictures, time.
+
+    python -m experiments.lpbf_parts --out FOLDER                              # all 1,390
+    python -m experiments.lpbf_parts --out FOLDER --train 200 --test 50        # the same, fewer
+    python -m experiments.lpbf_parts --out FOLDER --size small --train 24 --test 6    # on a CPU
+
+FOLDER gets lpbf_parts_SIZE.json and a picture of twelve parts. Part i is the same in all of these
+but for `--size`, so that fewer parts are a fair sample of all. After `--limit-seconds` no further
+part is begun, and the record says how many were made. Time is that of the generator alone, on the
+device and the host: geometry, equilibrium of all layers, checks, rejected candidates. Compilation
+is spent once, whatever the number of parts, and partly side by side with solving. On a CPU that has
+other work, OPENBLAS_NUM_THREADS=1 makes this several times as fast.
+"""
+
+import collections
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Literal
+
+import jax
+import matplotlib
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments import records, report
+from flare_jax.solvers import lpbf
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection  # noqa: E402
+
+PUBLISHED = report.published()["lpbf_parts"]["statistics"]
+STATISTICS = {
+    "mean": np.mean,
+    "std": np.std,
+    "min": np.min,
+    "median": np.median,
+    "max": np.max,
+}
+MAGNIFIED = 20  # displacement in the picture
+COLUMNS, PICTURED = 4, 12
+COMPILATION = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Generates parts as the LPBF data set has them, and compares their statistics."""
+
+    out: Path  # folder for the record and the picture
+    train: int = 1100  # training parts, the first indices
+    test: int = 290  # test parts, those after
+    size: Literal["paper", "small"] = "paper"  # of the meshes
+    seed: int = 0  # of the data set
+    limit_seconds: float = math.inf  # stop after this time
+
+
+class Made:
+    """What is kept of the parts while they are made."""
+
+    def __init__(self):
+        self.rows: list[list[float]] = []  # as in PUBLISHED
+        self.seconds: list[float] = []  # until each part
+        self.pictured: list[lpbf.PartMesh] = []
+        self.rejected: collections.Counter = collections.Counter()
+
+    def add(self, part: lpbf.PartMesh, seconds: float) -> None:
+        self.rows.append(
+            [len(part.pos), part.edge_index.shape[1], part.disp[:, 2].max(), part.vmstr.max()]
+        )
+        self.seconds.append(seconds)
+        families = collections.Counter(family(p) for p in self.pictured)
+        if families[family(part)] < 2 and len(self.pictured) < PICTURED:
+            self.pictured.append(part)
+
+
+def family(part: lpbf.PartMesh) -> str:
+    return part.name.split("_")[-1]
+
+
+def made(options: Options) -> Made:
+    """Generates the parts, or as many as the time allows."""
+    result, count = Made(), options.train + options.test
+    began = time.perf_counter()
+    stream = lpbf.generate(
+        range(count), seed=options.seed, size=options.size, rejected=result.rejected
+    )
+    for part in stream:
+        result.add(part, time.perf_counter() - began)
+        if len(result.rows) % 25 == 0:
+            print(f"{len(result.rows)} parts in {result.seconds[-1]:.0f} s", flush=True)
+        if result.seconds[-1] > options.limit_seconds:
+            stream.close()
+            break
+    return result
+
+
+def statistics(rows: list[list[float]]) -> list[dict]:
+    """Each quantity, its published statistics and ours."""
+    return [
+        {
+            "quantity": name,
+            "published": published,
+            "ours": {key: float(f(column)) for key, f in STATISTICS.items()},
+        }
+        for (name, published), column in zip(
+            PUBLISHED.items(), np.array(rows, float).T, strict=True
+        )
+    ]
+
+
+def pace(seconds: list[float]) -> dict:
+    """Parts a second over all, and over the last half, which compiles little."""
+    half = len(seconds) // 2
+    later = seconds[-1] - seconds[half - 1] if half else seconds[-1]
+    return {
+        "parts_per_second": len(seconds) / seconds[-1],
+        "parts_per_second_last_half": (len(seconds) - half) / later,
+    }
+
+
+def show(rows: list[dict], facts: dict, seconds: float) -> None:
+    table = Table("quantity", "", *STATISTICS)
+    for row in rows:
+        for source in ("published", "ours"):
+            values = [row[source].get(key) for key in STATISTICS]
+            text = ["" if v is None else f"{v:,.0f}" if v >= 100 else f"{v:.3f}" for v in values]
+            table.add_row(row["quantity"] if source == "published" else "", source, *text)
+    console = Console()
+    console.print(table)
+    reasons = ", ".join(f"{n} {why}" for why, n in sorted(facts["rejected"].items())) or "none"
+    console.print(
+        f"{facts['parts']} of {facts['asked']} parts in {seconds:.0f} s: "
+        f"{facts['parts_per_second']:.2f} a second, "
+        f"in the last half {facts['parts_per_second_last_half']:.2f}; "
+        f"{facts['compile_seconds']:.0f} s of compilation; rejected: {reasons}"
+    )
+
+
+# -------------------------------------------------------------------------- picture ---
+
+
+def surface(elems: np.ndarray) -> np.ndarray:
+    """Faces that belong to one hexahedron only, counterclockwise seen from outside."""
+    faces = [[0, 3, 2, 1], [4, 5, 6, 7], [0, 1, 5, 4], [1, 2, 6, 5], [2, 3, 7, 6], [3, 0, 4, 7]]
+    quads = elems[:, faces].reshape(-1, 4)
+    _, first, count = np.unique(np.sort(quads, 1), axis=0, return_index=True, return_counts=True)
+    return quads[first[count == 1]]
+
+
+def draw(axis, part: lpbf.PartMesh) -> None:
+    """The part in its magnified deformed shape, coloured by its vertical displacement."""
+    view = np.array([np.cos(np.pi / 6) * c for c in (0.5, -np.sqrt(0.75))] + [0.5])  # towards us
+    light = np.array([-0.3, -0.5, 0.81])
+    quads = surface(part.elems)
+    corners = (part.pos + MAGNIFIED * part.disp)[quads]  # [q, 4, 3]
+    normal = np.cross(corners[:, 2] - corners[:, 0], corners[:, 3] - corners[:, 1])
+    normal /= np.linalg.norm(normal, axis=1, keepdims=True)
+    seen = normal @ view > 0
+    uz = part.disp[:, 2]
+    colour = plt.get_cmap("viridis")(plt.Normalize(uz.min(), uz.max())(uz[quads].mean(1)))
+    colour[:, :3] *= (0.6 + 0.4 * np.clip(normal @ light, 0, 1))[:, None]
+    axis.add_collection3d(
+        Poly3DCollection(
+            corners[seen], facecolors=colour[seen], edgecolors=colour[seen], linewidths=0.1
+        )
+    )
+    low, high = corners.min((0, 1)), corners.max((0, 1))
+    middle, half = (low + high) / 2, (high - low).max() / 2
+    axis.set(**{f"{c}lim": (m - half, m + half) for c, m in zip("xyz", middle, strict=True)})
+    axis.set_box_aspect((1, 1, 1), zoom=1.02)
+    axis.view_init(elev=30, azim=-60)
+    axis.set_axis_off()
+    axis.set_title(
+        f"{family(part)}, {len(uz):,} nodes\n{uz.min():.2f} to {uz.max():.2f} mm",
+        fontsize=8,
+        y=0.97,
+    )
+
+
+def picture(path: Path, parts: list[lpbf.PartMesh]) -> None:
+    rows = -(-len(parts) // COLUMNS)
+    figure = plt.figure(figsize=(3 * COLUMNS, 3.1 * rows))
+    for i, part in enumerate(parts, 1):
+        draw(figure.add_subplot(rows, COLUMNS, i, projection="3d"), part)
+    figure.suptitle(
+        f"Vertical displacement after the last layer, dark (low) to bright (high); shapes move "
+        f"{MAGNIFIED} times as far",
+        fontsize=9,
+    )
+    figure.subplots_adjust(0, 0, 1, 0.9, 0, 0.15)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(options: Options, arguments: list[str] | None = None) -> None:
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(seconds) if event == COMPILATION else None
+    )
+    result = made(options)
+    rows = statistics(result.rows)
+    facts = {
+        "size": options.size,
+        "seed": options.seed,
+        "precision": "float64",
+        "solver_version": lpbf.VERSION,
+        "inherent_strain": lpbf.STRAIN,
+        "asked": options.train + options.test,
+        "parts": len(result.rows),
+        "rejected": dict(result.rejected),
+        "compile_seconds": sum(compiled),
+        **pace(result.seconds),
+    }
+    path = options.out / f"lpbf_parts_{options.size}.json"
+    seconds = result.seconds[-1]
+    command = records.command("lpbf_parts", arguments)
+    records.write(path, rows, command=command, seconds=seconds, **facts)
+    picture(path.with_suffix(".png"), result.pictured)
+    show(rows, facts, seconds)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,47 @@
+import json
+
+import numpy as np
+import pytest
+
+from experiments import lpbf_parts
+from flare_jax.solvers import lpbf
+from flare_jax.solvers.parts import SIZES
+
+CUBE = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]])
+PLACES = np.concatenate([CUBE, CUBE + [[0, 0, 1]], CUBE + [[0, 0, 2]]]).astype(float)
+ELEMS = np.array([np.arange(8), np.arange(4, 12)])  # one cube on another
+
+
+def test_the_surface_encloses_the_volume():
+    quads = lpbf_parts.surface(ELEMS)
+    assert len(quads) == 10
+    a, b, c, d = np.moveaxis(PLACES[quads], 1, 0)
+    outwards = np.cross(c - a, d - b) / 2
+    volume = np.sum(outwards * (a + b + c + d) / 4) / 3
+    np.testing.assert_allclose(volume, 2.0)
+
+
+def test_statistics_are_beside_the_published_ones():
+    rows = lpbf_parts.statistics([[10, 50, 0.1, 700.0], [30, 170, 0.3, 900.0]])
+    assert [row["quantity"] for row in rows] == list(lpbf_parts.PUBLISHED)
+    assert rows[0]["ours"] == {"mean": 20, "std": 10, "min": 10, "median": 20, "max": 30}
+    assert rows[2]["published"]["median"] == 0.271 and np.isclose(rows[2]["ours"]["mean"], 0.2)
+
+
+def test_the_pace_of_the_last_half_leaves_out_the_first():
+    pace = lpbf_parts.pace([10.0, 20.0, 21.0, 22.0])
+    assert pace == {"parts_per_second": 4 / 22, "parts_per_second_last_half": 1.0}
+    assert lpbf_parts.pace([4.0])["parts_per_second_last_half"] == 0.25
+
+
+@pytest.mark.parametrize("limit, parts", [(np.inf, 3), (0.0, 1)])
+def test_a_record_and_a_picture_are_written(tmp_path, monkeypatch, capsys, limit, parts):
+    monkeypatch.setitem(SIZES, "small", (30.0, 100, 250))
+    options = lpbf_parts.Options(tmp_path, train=2, test=1, size="small", limit_seconds=limit)
+    lpbf_parts.main(options, ["--out", str(tmp_path), "--train", "2", "--test", "1"])
+    record = json.loads((tmp_path / "lpbf_parts_small.json").read_text())
+    assert record["command"] == "python -m experiments.lpbf_parts --train 2 --test 1"
+    assert record["parts"] == parts and record["asked"] == 3
+    assert record["solver_version"] == lpbf.VERSION and record["rows"][0]["ours"]["min"] > 50
+    assert (tmp_path / "lpbf_parts_small.png").stat().st_size > 10_000
+    assert f"{parts} of 3 parts" in capsys.readouterr().out
