@@ -5,6 +5,8 @@ import pathlib
 
 # Tests run side by side, and threads of OpenBLAS that wait for a core spin. Read when it is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Compile time is most of the tests' time. With 0 they run on programs as users have them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
