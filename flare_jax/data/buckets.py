@@ -12,7 +12,7 @@ Samples that all have one size are one bucket.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,15 @@ def bucketed(meshes: Sequence[Sample], sizes: Sequence[int]) -> tuple[Split, ...
     return tuple(
         padded([meshes[i] for i in np.flatnonzero(which == b)], sizes[b]) for b in np.unique(which)
     )
+
+
+def bucketed_splits(
+    splits: Mapping[str, Sequence[Sample]], count: int, multiple: int = MULTIPLE
+) -> dict[str, tuple[Split, ...]]:
+    """Each split in the same at most `count` sizes, those that pad all of them least."""
+    lengths = [len(x) for samples in splits.values() for x, _ in samples]
+    sizes = bucket_sizes(lengths, count, multiple)
+    return {name: bucketed(samples, sizes) for name, samples in splits.items() if samples}
 
 
 def padded(meshes: Sequence[Sample], size: int) -> Split:

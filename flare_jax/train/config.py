@@ -9,12 +9,14 @@ from types import ModuleType
 from typing import Any, Literal
 
 from flare_jax.models.flare import FLAREConfig
-from flare_jax.problems import darcy, elasticity
+from flare_jax.problems import darcy, elasticity, lpbf, mesh
 from flare_jax.train.optimizer import OptimizerConfig
 
 PROBLEMS: dict[str, tuple[ModuleType, type]] = {
     "darcy": (darcy, darcy.DarcyConfig),
     "elasticity": (elasticity, elasticity.ElasticityConfig),
+    "lpbf": (lpbf, lpbf.LPBFConfig),
+    "mesh": (mesh, mesh.MeshConfig),
 }
 Precision = Literal["float32", "tf32", "bfloat16"]
 

@@ -203,7 +203,8 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
     if resume:
         run = checkpoints.restore(run, plain)
     if parallel.is_main():
-        (folder / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
+        text = json.dumps(plain | {"fields": fields(problem)}, indent=2)
+        (folder / "config.json").write_text(text + "\n")
 
     chunk = make_steps(problem, config, plan, tx, apply, run, mesh, fsdp)
     y_normalizer = jax.tree.map(np.asarray, run.y_normalizer)
@@ -242,6 +243,15 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
                 raise Interrupted(f"stopped by a signal at step {done}; saved, resume to go on")
     seconds = time.perf_counter() - began
     return summarise(problem, config, folder, errors, run, seconds, times, mesh)
+
+
+def fields(problem: Problem) -> dict:
+    """What a run's user must know of its data: names of the columns, size of the largest sample."""
+    largest = max(
+        split.x.shape[1] if split.mask is None else int(split.mask.sum(1).max())
+        for split in buckets_of(problem.train)
+    )
+    return {"inputs": problem.inputs, "targets": problem.targets, "points": largest}
 
 
 def make_steps(problem, config, plan, tx, apply, run, mesh, fsdp) -> Callable:
