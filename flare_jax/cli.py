@@ -16,14 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from flare_jax import __version__, parallel, spectra
-from flare_jax.data.buckets import describe, take_samples
+from flare_jax.data.buckets import describe
 from flare_jax.data.meshes import write_mesh
 from flare_jax.ops.flare import DEFAULT, IMPLEMENTATIONS
 from flare_jax.ops.fused import mlp
 from flare_jax.plots import prediction_figure, spectra_figure
-from flare_jax.predict import CHUNK, Surrogate, Which, load_run
+from flare_jax.predict import CHUNK, Surrogate, Which, load_run, one_sample, test_errors
 from flare_jax.problems.mesh import fields_of
-from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import buckets_of, count_of
 from flare_jax.solvers.darcy import ConvergenceError
 from flare_jax.solvers.elasticity import SolverError
@@ -338,20 +337,12 @@ def read_text(path: Path) -> str:
     return path.read_text()
 
 
-def test_errors(surrogate: Surrogate, data) -> np.ndarray:
-    """rel-L2 of every test sample."""
-    errors = []
-    for split in buckets_of(data.test):
-        prediction = surrogate(surrogate.x_normalizer.decode(split.x), split.mask)
-        errors.append(rel_l2(prediction, split.y, split.mask))
-    return np.concatenate(errors)
-
-
 def draw_test_samples(path: Path, surrogate: Surrogate, data) -> None:
     """The test samples with the smallest, the median and the largest error."""
     errors = test_errors(surrogate, data)
     order = np.argsort(errors)
-    rows = order[[0, len(order) // 2, -1]]
+    places = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+    rows = {row: name for name, row in places.items()}  # fewer than three with few samples
     x, fields, truth = zip(*(one_sample(surrogate, data, row) for row in rows), strict=True)
     prediction_figure(
         path,
@@ -361,20 +352,8 @@ def draw_test_samples(path: Path, surrogate: Surrogate, data) -> None:
         inputs=data.inputs,
         targets=data.targets,
         shape=data.shape,
-        titles=[
-            f"{n}: {errors[i]:.2%}" for n, i in zip(("best", "median", "worst"), rows, strict=True)
-        ],
+        titles=[f"{name}: {errors[row]:.2%}" for row, name in rows.items()],
     )
-
-
-def one_sample(surrogate: Surrogate, data, row: int) -> tuple[np.ndarray, ...]:
-    """Raw inputs, predicted and true fields at the real points of one test sample."""
-    starts = np.cumsum([0, *(len(split.x) for split in buckets_of(data.test))])
-    bucket = int(np.searchsorted(starts, row, side="right")) - 1
-    split = take_samples(buckets_of(data.test)[bucket], np.array([row - starts[bucket]]))
-    x = np.asarray(surrogate.x_normalizer.decode(split.x))
-    real = slice(None) if split.mask is None else split.mask[0]
-    return x[0][real], surrogate(x, split.mask)[0][real], split.y[0][real]
 
 
 def report(result: dict, folder: Path, figure: Path) -> None:

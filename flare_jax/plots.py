@@ -155,7 +155,7 @@ def draw_in_space(axis, positions, values, style):
     """Points of space, at most MOST_POINTS of them, seen from above a corner."""
     keep = slice(None, None, -(-len(positions) // MOST_POINTS))
     place = positions[keep]
-    area = np.clip(8000 / len(place), 1, 16)
+    area = np.clip(20_000 / len(place), 1.5, 30)
     axis.set_axis_off()
     image = axis.scatter(*place.T, c=values[keep], s=area, linewidths=0, alpha=1, **style)
     low, high = place.min(0), place.max(0)

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from flare_jax.data.buckets import take_samples
 from flare_jax.models.functional import Params
-from flare_jax.problems.problem import Normalizer
+from flare_jax.problems.metrics import rel_l2
+from flare_jax.problems.problem import Normalizer, Problem, buckets_of
 from flare_jax.stream import make_streamed
 from flare_jax.train.checkpoint import load
 from flare_jax.train.config import PROBLEMS, Config, config_class, from_dict
@@ -121,3 +123,22 @@ def load_run(folder: Path | str, which: Which = "best") -> Surrogate:
     apply, _ = build(config, len(x_norm.mean), len(y_norm.mean))
     names = tuple(fields["inputs"]), tuple(fields["targets"])
     return Surrogate(problem, config, apply, params, x_norm, y_norm, *names, fields["points"])
+
+
+def test_errors(surrogate: Surrogate, data: Problem) -> np.ndarray:
+    """rel-L2 of every test sample."""
+    errors = []
+    for split in buckets_of(data.test):
+        prediction = surrogate(surrogate.x_normalizer.decode(split.x), split.mask)
+        errors.append(rel_l2(prediction, split.y, split.mask))
+    return np.concatenate(errors)
+
+
+def one_sample(surrogate: Surrogate, data: Problem, row: int) -> tuple[np.ndarray, ...]:
+    """Raw inputs, predicted and true fields at the real points of one test sample."""
+    starts = np.cumsum([0, *(len(split.x) for split in buckets_of(data.test))])
+    bucket = int(np.searchsorted(starts, row, side="right")) - 1
+    split = take_samples(buckets_of(data.test)[bucket], np.array([row - starts[bucket]]))
+    x = np.asarray(surrogate.x_normalizer.decode(split.x))
+    real = slice(None) if split.mask is None else split.mask[0]
+    return x[0][real], surrogate(x, split.mask)[0][real], split.y[0][real]

@@ -31,7 +31,8 @@ Sample = tuple[
 def bucket_sizes(sizes: Sequence[int], count: int, multiple: int = MULTIPLE) -> tuple[int, ...]:
     """At most `count` sizes, so that padding each mesh to the next one adds the fewest points.
 
-    They are multiples of `multiple`. With u_1 < ... < u_m the sizes rounded up to it and n_i the
+    They are multiples of `multiple`, or where there are no more than `count` sizes those: nothing
+    is padded. With u_1 < ... < u_m the sizes rounded up to it and n_i the
     number of meshes of each, the fewest padded points of the first j in k buckets are
 
         c(k, j) = min over i < j of  c(k - 1, i) + u_j (n_{i+1} + ... + n_j)
@@ -43,6 +44,8 @@ def bucket_sizes(sizes: Sequence[int], count: int, multiple: int = MULTIPLE) -> 
         raise ValueError(f"count and multiple must be at least 1, got {count} and {multiple}")
     if len(sizes) == 0 or min(sizes) < 1:
         raise ValueError("buckets need at least one mesh, and each of them at least one point")
+    if len(set(sizes)) <= count:
+        return tuple(sorted(set(sizes)))
     u, n = np.unique(-(-np.asarray(sizes) // multiple) * multiple, return_counts=True)
     upto = np.concatenate([[0], np.cumsum(n)])  # meshes among the first j sizes
     cost = np.full(len(u) + 1, np.inf)

@@ -255,12 +255,11 @@ def inside(folder: Path, name: str) -> Path:
     return folder / path
 
 
-def write_part(folder: Path | str, split: str, part, **facts) -> Path:
-    """Writes a part of `solvers/lpbf.py` as `folder/split/name.npz`, all of it or nothing.
+def write_part(path: Path, part, **facts) -> None:
+    """Writes a part of `solvers/lpbf.py` into an .npz file, all of it or nothing.
 
-    `facts` go into `_metadata`, as JSON.
+    Its name and the `facts` go into `_metadata`, as JSON.
     """
-    path = Path(folder) / split / f"{part.name}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = json.dumps({"metadata": {"case_id": part.name, **facts}})
     names = ("pos", "elems", "edge_index", "disp", "vmstr")
@@ -272,7 +271,6 @@ def write_part(folder: Path | str, split: str, part, **facts) -> Path:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return path
 
 
 def write_index(folder: Path | str, splits: Mapping[str, Sequence[Path]]) -> None:
@@ -285,8 +283,9 @@ def write_index(folder: Path | str, splits: Mapping[str, Sequence[Path]]) -> Non
         for path in files:
             with np.load(path, allow_pickle=False) as file:
                 sizes = len(file["pos"]), file["edge_index"].shape[1]
-                about = json.dumps(json.loads(file["_metadata"][0])["metadata"])
-            rows.append((path.stem, path.relative_to(folder).as_posix(), *sizes, about))
+                about = json.loads(file["_metadata"][0])["metadata"]
+            name = path.relative_to(folder).as_posix()
+            rows.append((about["case_id"], name, *sizes, json.dumps(about)))
         table = arrow.table(dict(zip(INDEX, map(list, zip(*rows, strict=True)), strict=True)))
         parquet.write_table(table, folder / "data" / f"{name}-00000-of-00001.parquet")
 

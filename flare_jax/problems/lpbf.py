@@ -229,7 +229,7 @@ def generated(
     facts = {"seed": config.data_seed, "size": config.size, "version": solver().VERSION}
     made: Iterable = solver().generate(range(first + done, first + count), **options)
     for path, part in zip(paths[done:], made if done < count else (), strict=True):
-        meshes.write_part(folder, split, part._replace(name=path.stem), **facts)
+        meshes.write_part(path, part, **facts)
     return paths
 
 

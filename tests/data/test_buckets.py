@@ -39,6 +39,7 @@ def test_bucket_sizes_pad_least(count):
     others = [c for k in range(most) for c in itertools.combinations(rounded, k + 1)]
     best = min(padding(sizes, c) for c in others if c[-1] == rounded[-1])
     assert padding(sizes, found) == best and len(found) <= count
+    assert bucket_sizes([7, 3, 7], 2) == (3, 7)  # as many buckets as sizes: no padding
     assert all(size % 4 == 0 for size in found) and list(found) == sorted(set(found))
 
 
