@@ -157,7 +157,7 @@ def draw_in_space(axis, positions, values, style):
     place = positions[keep]
     area = np.clip(20_000 / len(place), 1.5, 30)
     axis.set_axis_off()
-    image = axis.scatter(*place.T, c=values[keep], s=area, linewidths=0, alpha=1, **style)
+    image = axis.scatter(*place.T, c=values[keep], s=area, linewidths=0, depthshade=False, **style)
     low, high = place.min(0), place.max(0)
     axis.set_box_aspect(np.maximum(high - low, 0.05 * (high - low).max()) + 1e-12, zoom=1.3)
     return image

@@ -107,7 +107,7 @@ def _finite(path, name, array):
 
 def _read_npz(path, fields):
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {}
             for name in file.files:
                 if fields is None or name in (*POINTS, *fields, "elems"):
@@ -278,7 +278,7 @@ def write_index(folder: Path | str, splits: Mapping[str, Sequence[Path]]) -> Non
     arrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
     folder = Path(folder)
     (folder / "data").mkdir(exist_ok=True)
-    for name, files in splits.items():
+    for split, files in splits.items():
         rows = []
         for path in files:
             with np.load(path, allow_pickle=False) as file:
@@ -287,7 +287,7 @@ def write_index(folder: Path | str, splits: Mapping[str, Sequence[Path]]) -> Non
             name = path.relative_to(folder).as_posix()
             rows.append((about["case_id"], name, *sizes, json.dumps(about)))
         table = arrow.table(dict(zip(INDEX, map(list, zip(*rows, strict=True)), strict=True)))
-        parquet.write_table(table, folder / "data" / f"{name}-00000-of-00001.parquet")
+        parquet.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
 
 
 def download(repository: str = PUBLISHED) -> Path:
