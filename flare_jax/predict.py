@@ -64,11 +64,12 @@ class Surrogate:
             raise ValueError("x holds values that are not finite")
         masks = [None] * len(x) if mask is None else mask[:, None]
         decoded = self._decoded
-        if self.points is not None and x.shape[1] > FAR * self.points:
+        most = x.shape[1] if mask is None else int(np.sum(mask, 1).max())
+        if self.points is not None and most > FAR * self.points:
             log.warning(
                 "%d points are far more than the %d of the largest training sample: "
                 "trust these predictions less",
-                x.shape[1],
+                most,
                 self.points,
             )
         if x.shape[1] > chunk:

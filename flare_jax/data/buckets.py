@@ -21,31 +21,34 @@ from jaxtyping import Float, Int
 
 from flare_jax.problems.problem import Samples, Split, buckets_of
 
-MULTIPLE = 256  # bucket sizes are multiples of it: whole tiles; parts over devices
+MULTIPLE = 256  # most that bucket sizes are multiples of: whole tiles; parts over devices
 
 Sample = tuple[
     Float[np.ndarray, "N in"], Float[np.ndarray, "N O"]
 ]  # inputs and targets at N points
 
 
-def bucket_sizes(sizes: Sequence[int], count: int, multiple: int = MULTIPLE) -> tuple[int, ...]:
+def bucket_sizes(sizes: Sequence[int], count: int, multiple: int | None = None) -> tuple[int, ...]:
     """At most `count` sizes, so that padding each mesh to the next one adds the fewest points.
 
-    They are multiples of `multiple`, or where there are no more than `count` sizes those: nothing
-    is padded. With u_1 < ... < u_m the sizes rounded up to it and n_i the
-    number of meshes of each, the fewest padded points of the first j in k buckets are
+    They are multiples of `multiple` (None: a power of two, at most MULTIPLE and about a sixteenth
+    of the largest mesh), or where there are no more than `count` sizes those: nothing is padded.
+    With u_1 < ... < u_m the sizes rounded up and n_i the number of meshes of each, the fewest
+    padded points of the first j in k buckets are
 
         c(k, j) = min over i < j of  c(k - 1, i) + u_j (n_{i+1} + ... + n_j)
 
     Raises:
         ValueError: there is no mesh, one has no point, or `count` or `multiple` is below 1.
     """
-    if count < 1 or multiple < 1:
+    if count < 1 or (multiple is not None and multiple < 1):
         raise ValueError(f"count and multiple must be at least 1, got {count} and {multiple}")
     if len(sizes) == 0 or min(sizes) < 1:
         raise ValueError("buckets need at least one mesh, and each of them at least one point")
     if len(set(sizes)) <= count:
         return tuple(sorted(set(sizes)))
+    if multiple is None:
+        multiple = min(MULTIPLE, max(8, 2 ** int(np.log2(max(sizes) / 16))))
     u, n = np.unique(-(-np.asarray(sizes) // multiple) * multiple, return_counts=True)
     upto = np.concatenate([[0], np.cumsum(n)])  # meshes among the first j sizes
     cost = np.full(len(u) + 1, np.inf)
@@ -75,11 +78,11 @@ def bucketed(meshes: Sequence[Sample], sizes: Sequence[int]) -> tuple[Split, ...
 
 
 def bucketed_splits(
-    splits: Mapping[str, Sequence[Sample]], count: int, multiple: int = MULTIPLE
+    splits: Mapping[str, Sequence[Sample]], count: int
 ) -> dict[str, tuple[Split, ...]]:
     """Each split in the same at most `count` sizes, those that pad all of them least."""
     lengths = [len(x) for samples in splits.values() for x, _ in samples]
-    sizes = bucket_sizes(lengths, count, multiple)
+    sizes = bucket_sizes(lengths, count)
     return {name: bucketed(samples, sizes) for name, samples in splits.items() if samples}
 
 

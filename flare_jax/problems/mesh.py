@@ -52,12 +52,6 @@ class MeshConfig:
                 "num_buckets must be at least 1 and split_seed not negative, got "
                 f"{self.num_buckets} and {self.split_seed}"
             )
-        names = (*AXES, *self.inputs, *self.targets)
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(
-                f"inputs and targets must differ from each other and from x, y, z, got {twice}"
-            )
 
 
 PRESETS = {
@@ -104,19 +98,13 @@ def load(config: MeshConfig, progress: bool = True) -> Problem:
     with ThreadPoolExecutor() as pool:
         meshes = list(pool.map(lambda path: read_mesh(path, wanted), files))
     widths = same_widths(files, meshes)
+    inputs, targets = column_names(config, widths)
     xy = [(model_inputs(m, config), joined(m, config.targets)) for m in meshes]
     samples = {name: [xy[i] for i in part] for name, part in rows.items()}
     x, y = (np.concatenate([pair[i] for pair in samples["train"]])[None] for i in (0, 1))
     x_normalizer = one_scale(Normalizer.fit(x), x[..., : widths["points"]])
     samples = {name: [(x_normalizer.encode(x), y) for x, y in s] for name, s in samples.items()}
     split = bucketed_splits(samples, config.num_buckets)
-    inputs, targets = (
-        tuple(c for name in fields for c in columns(name, widths[name]))
-        for fields in (config.inputs, config.targets)
-    )
-    twice = sorted({c for c in inputs + targets if (inputs + targets).count(c) > 1})
-    if twice:
-        raise ValueError(f"columns of different fields have the same name, {', '.join(twice)}")
     return Problem(
         name="mesh",
         train=split["train"],
@@ -125,7 +113,7 @@ def load(config: MeshConfig, progress: bool = True) -> Problem:
         x_normalizer=x_normalizer,
         y_normalizer=Normalizer.fit(y),
         loss=rel_l2,
-        inputs=(*AXES[: widths["points"]], *inputs),
+        inputs=inputs,
         targets=targets,
     )
 
@@ -166,6 +154,19 @@ def one_scale(normalizer: Normalizer, positions: Float[np.ndarray, "1 n S"]) -> 
     largest = np.std(positions, axis=(0, 1), dtype=np.float64).max()
     std[: positions.shape[2]] = largest if largest > 0 else 1
     return Normalizer(normalizer.mean, std)
+
+
+def column_names(
+    config: MeshConfig, widths: dict[str, int]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the columns of inputs and targets; raises ValueError where two are the same."""
+    of = lambda fields: tuple(c for name in fields for c in columns(name, widths[name]))
+    inputs, targets = (*AXES[: widths["points"]], *of(config.inputs)), of(config.targets)
+    names = inputs + targets
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"columns of different fields have the same name, {', '.join(twice)}")
+    return inputs, targets
 
 
 def columns(name: str, width: int) -> list[str]:
