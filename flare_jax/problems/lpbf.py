@@ -66,7 +66,7 @@ class LPBFConfig:
     num_train: int = 1050  # training parts
     num_valid: int = 50  # validation parts, cut from the training part of the data; may be 0
     num_test: int = 290  # test parts
-    num_buckets: int = 8  # sizes that meshes are padded to
+    num_buckets: int = 12  # sizes that meshes are padded to
     data_seed: int = 0  # seed of generated parts
     cache: Path | None = None  # folder for generated parts; None: $FLARE_JAX_CACHE or user cache
 
@@ -103,7 +103,7 @@ PRESETS = {
         "num_train": 1050,
         "num_valid": 50,
         "num_test": 290,
-        "num_buckets": 8,
+        "num_buckets": 12,
         "channel_dim": 64,
         "num_blocks": 8,
         "num_heads": 8,
