@@ -191,7 +191,7 @@ def show(record: dict) -> None:
         f", {result['peak_bytes'] / 1e9:.2f} GB at most" if result and result["peak_bytes"] else ""
     )
     console.print(
-        f"{record['epochs_done']:g} of {record['epochs']} epochs, {record['seeds']} seeds, "
+        f"{record['epochs_done']:g} of {record['epochs']} epochs, {len(record['seeds'])} seeds, "
         f"{record['precision']}, {record['seconds_per_epoch']:.1f} s an epoch{memory}, "
         f"{record['device']}; padding {cost['padding']:.1%}, {cost['points_per_second']:.3g} real "
         f"points/s, {cost['ratio']:.2f} of those of one size"
@@ -217,6 +217,7 @@ def main(arguments=None) -> None:
     result = trained(problem, config, folder, args.seconds)
     if result is not None:  # where its parts were is nobody's business
         result["config"]["problem"] |= {"data": None, "cache": None}
+        result["mean_predictor_legacy"] = legacy_of_the_mean(problem)
     curves = records.history(folder)
     done, spent = float(curves["epoch"][-1]), float(curves["seconds"][-1])
     epochs = records.epoch_seconds(folder) or [spent / done]
@@ -226,7 +227,7 @@ def main(arguments=None) -> None:
         "epochs": config.train.epochs,
         "epochs_done": done,
         "finished": result is not None,
-        "seeds": config.train.seeds,
+        "seeds": list(range(config.train.seeds)),
         "precision": config.train.precision,
         "mean_predictor_rel_l2": problem.mean_error,
         "mean_predictor_legacy": legacy_of_the_mean(problem),

@@ -15,7 +15,6 @@ Nothing is ever unpickled: an entry of an .npz that would need it is skipped, or
 needed. Paths in an index stay in its folder.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -47,14 +46,14 @@ class MeshFile(NamedTuple):
 
 
 def optional(name: str):
-    """The module `name` of the extra `mesh`; raises ImportError that says how to install it."""
+    """The module `name` of the extra `mesh`; raises DataFileError that says how to install it."""
     import importlib
 
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise DataFileError(
-            f"this needs {name.split('.')[0]}: pip install 'flare_jax[mesh]' ({error})"
+            f'this needs {name.split(".")[0]}: pip install "flare_jax[mesh]" ({error})'
         ) from error
 
 
@@ -155,8 +154,7 @@ def _kind(corners):
 def _read_meshio(path, fields):
     meshio = optional("meshio")
     try:
-        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-            mesh = meshio.read(path)
+        mesh = meshio.read(path)
     except (Exception, SystemExit) as error:  # meshio ends the process where no reader fits
         raise DataFileError(f"{path} is damaged or no {path.suffix} file: {error}") from error
     found = {name: np.asarray(a) for name, a in mesh.point_data.items()}
