@@ -4,6 +4,7 @@
     python -m experiments.lpbf --out FILE --data FOLDER        # parts in the published layout
     python -m experiments.lpbf --out FILE --epochs 50          # shorter, and the record says so
     python -m experiments.lpbf --out FILE --seconds 500        # stops then, and goes on when called
+    python -m experiments.lpbf --out FILE --epochs 0           # only makes the missing parts
     python -m experiments.lpbf --out FILE --smoke              # tiny, on any machine
 
 A shorter run is the whole recipe, its learning rate schedule included, over fewer epochs. The run
@@ -50,7 +51,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--data", type=Path, help="folder of parts in the published layout")
     parser.add_argument("--cache", type=Path, help="folder for generated parts")
-    parser.add_argument("--epochs", type=int, default=250, help="passes over the training parts")
+    parser.add_argument("--epochs", type=int, default=250, help="of training; 0: none")
     parser.add_argument("--precision", choices=typing.get_args(Precision), default="tf32")
     parser.add_argument("--seeds", type=int, default=2, help="trained side by side")
     parser.add_argument("--eval-every", type=int, default=10, help="epochs between checkpoints")
@@ -63,12 +64,13 @@ def configuration(args) -> Config:
     config = preset("lpbf", "paper")
     problem = {"data": args.data, "cache": args.cache}
     train = {name: getattr(args, name) for name in ("epochs", "precision", "seeds", "eval_every")}
+    train["epochs"] = max(args.epochs, 1)
     model = {}
     if args.smoke:
         problem |= {"size": "small", "num_train": 6, "num_valid": 2, "num_test": 3}
         problem |= {"num_buckets": 2}
         model = {"channel_dim": 16, "num_blocks": 1, "num_heads": 2, "num_latents": 8}
-        train |= {"epochs": min(args.epochs, 2), "eval_every": 1}
+        train |= {"epochs": min(train["epochs"], 2), "eval_every": 1}
     return dataclasses.replace(
         config,
         problem=dataclasses.replace(config.problem, **problem),
@@ -208,7 +210,9 @@ def main(arguments=None) -> None:
     config = configuration(args)
     problem = lpbf.load(config.problem)
     data_seconds = time.perf_counter() - began
-    print(f"training parts: {describe(problem.train)}", flush=True)
+    print(f"training parts: {describe(problem.train)}; {data_seconds:.0f} s", flush=True)
+    if args.epochs == 0:
+        return
     folder = args.out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "cost_of_sizes.json"  # measured once, not again when a run goes on

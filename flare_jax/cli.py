@@ -88,7 +88,9 @@ def train(argv: list[str]) -> None:
             values.pop(fact, None)
         default = from_dict(config_class(problem), values)
     config = parse(config_class(problem), default, f"flare-jax train {problem}", rest)
-    mesh = parallel.make_mesh(options.mesh, config.train.batch_size)
+    t = config.train
+    batch = t.batch_size if t.batch_tokens is None else jax.device_count()  # fits any mesh
+    mesh = parallel.make_mesh(options.mesh, batch)
     say = console.print if parallel.is_main() else lambda *_: None
     say(f"{problem} on {parallel.describe(mesh)}, into {folder}")
     module, _ = PROBLEMS[problem]

@@ -112,11 +112,9 @@ def _read_npz(path, fields):
                 if fields is None or name in (*POINTS, *fields, "elems"):
                     arrays |= _entry(path, file, name, needed=name in (*POINTS, *(fields or ())))
             names = set(file.files)
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        if isinstance(error, DataFileError):
-            raise
-        raise DataFileError(f"{path} is damaged or no .npz file: {error}") from error
-    except Exception as error:  # zip and zlib have errors of their own
+    except DataFileError:
+        raise
+    except Exception as error:  # zip, zlib and the array format have errors of their own
         raise DataFileError(f"{path} is damaged or no .npz file: {error}") from error
     points = next((arrays[name] for name in POINTS if name in arrays), None)
     if points is None:
