@@ -293,9 +293,9 @@ def make_steps(problem, config, plan, tx, apply, run, mesh, fsdp) -> Callable:
 
 
 def compiled(programs: Sequence[Callable], arguments: Sequence[tuple]) -> list[Callable]:
-    """The jitted programs, compiled side by side: each keeps a core busy."""
+    """The jitted programs, compiled side by side: each keeps a core busy, and memory."""
     lowered = [program.lower(*args) for program, args in zip(programs, arguments, strict=True)]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda program: program.compile(), lowered))
 
 
