@@ -26,6 +26,7 @@ from flare_jax.problems.mesh import fields_of
 from flare_jax.problems.problem import buckets_of, count_of
 from flare_jax.solvers.darcy import ConvergenceError
 from flare_jax.solvers.elasticity import SolverError
+from flare_jax.solvers.lpbf import SolverError as PartError
 from flare_jax.train.checkpoint import CheckpointError
 from flare_jax.train.config import PROBLEMS, config_class, from_dict, preset
 from flare_jax.train.loop import Interrupted, NonFiniteError, fit
@@ -33,7 +34,7 @@ from flare_jax.train.loop import Interrupted, NonFiniteError, fit
 console = Console()
 Run = Annotated[Path, tyro.conf.Positional]  # folder of a training run
 ERRORS = (ValueError, OSError, NotImplementedError, CheckpointError, NonFiniteError, Interrupted)
-ERRORS += (ConvergenceError, SolverError)
+ERRORS += (ConvergenceError, SolverError, PartError)
 DTYPES = "float32", "bfloat16"  # that `info` tells about
 
 

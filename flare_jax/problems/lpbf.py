@@ -28,7 +28,6 @@ which the constant m in the denominator makes small. It serves to compare with t
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -45,6 +44,7 @@ from flare_jax.data.buckets import Sample, bucketed_splits
 from flare_jax.data.cache import cache_folder
 from flare_jax.problems.metrics import AnyArray, rel_l2
 from flare_jax.problems.problem import Normalizer, Problem
+from flare_jax.solvers import lpbf as solver
 
 log = logging.getLogger(__name__)
 
@@ -83,16 +83,16 @@ PRESETS = {
     # For two CPU cores: a few minutes, parts included.
     "small": {
         "size": "small",
-        "num_train": 160,
-        "num_valid": 16,
-        "num_test": 32,
+        "num_train": 240,
+        "num_valid": 24,
+        "num_test": 36,
         "num_buckets": 4,
         "channel_dim": 32,
         "num_blocks": 2,
         "num_heads": 4,
         "num_latents": 32,
-        "epochs": 40,
-        "eval_every": 10,
+        "epochs": 36,
+        "eval_every": 6,
         "batch_size": 1,
         "learning_rate": 2e-3,
         "weight_decay": 1e-4,
@@ -202,14 +202,9 @@ def split_files(config: LPBFConfig, progress: bool = True) -> dict[str, list[Pat
     }
 
 
-def solver():
-    """The module that makes parts."""
-    return importlib.import_module("flare_jax.solvers.lpbf")
-
-
 def generated_folder(config: LPBFConfig) -> Path:
     """Where generated parts are kept: its name is that of all they depend on but their index."""
-    facts = {"version": solver().VERSION, "seed": config.data_seed, "size": config.size}
+    facts = {"version": solver.VERSION, "seed": config.data_seed, "size": config.size}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder(config.cache) / f"lpbf-{config.size}-{digest}"
 
@@ -226,8 +221,8 @@ def generated(
     paths = [folder / split / f"part_{first + i:07d}.npz" for i in range(count)]
     done = next((i for i, path in enumerate(paths) if not path.exists()), count)
     options = dict(seed=config.data_seed, size=config.size, progress=progress)
-    facts = {"seed": config.data_seed, "size": config.size, "version": solver().VERSION}
-    made: Iterable = solver().generate(range(first + done, first + count), **options)
+    facts = {"seed": config.data_seed, "size": config.size, "version": solver.VERSION}
+    made: Iterable = solver.generate(range(first + done, first + count), **options)
     for path, part in zip(paths[done:], made if done < count else (), strict=True):
         meshes.write_part(path, part, **facts)
     return paths

@@ -44,7 +44,7 @@ class Solver:
 @pytest.fixture
 def solver(monkeypatch):
     made = Solver()
-    monkeypatch.setattr(lpbf, "solver", lambda: made)
+    monkeypatch.setattr(lpbf, "solver", made)
     return made
 
 
