@@ -12,8 +12,8 @@ and its figure go into a folder beside the record; a command that is cut off goe
 stopped. Validation chooses the parameters called `best`; the test samples measure and choose
 nothing. `legacy` is the error of the published table, see `flare_jax/problems/lpbf.py`.
 
-The record also holds what meshes of different sizes cost: real points a second in an epoch of
-training on them, over those in training on samples of one size, their mean, without padding.
+The record also holds what meshes of different sizes cost: real points a second in the training
+steps of the median epoch, over those of training on samples that all have their mean size.
 """
 
 import argparse
@@ -86,25 +86,38 @@ def trained(problem: Problem, config: Config, folder: Path, seconds: float | Non
         if not differences(result["config"], to_dict(config)):
             return result
     started = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
-    alarm = threading.Timer(seconds or 0, os.kill, (os.getpid(), signal.SIGTERM))
+    over = threading.Event()
     if seconds is not None:
-        alarm.start()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while it compiles; training catches it
+        threading.Thread(target=terminate, args=(seconds, over), daemon=True).start()
     try:
         return fit(problem, config, folder, resume=started)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return None
     finally:
-        alarm.cancel()
+        over.set()
 
 
-def points_per_second(problem: Problem, config: Config) -> float:
-    """Real points a second and seed over an epoch of training steps, after a first epoch."""
+def terminate(seconds: float, over: threading.Event) -> None:
+    """Sends SIGTERM after `seconds`, and every two seconds more until it is `over`."""
+    while not over.wait(seconds):
+        os.kill(os.getpid(), signal.SIGTERM)
+        seconds = 2
+
+
+def points_of(problem: Problem) -> int:
+    """Real points of the training samples."""
+    return sum(int(split.mask.sum()) for split in buckets_of(problem.train))
+
+
+def seconds_of_an_epoch(problem: Problem, config: Config) -> float:
+    """Time of the training steps of a second epoch: the first one compiles."""
     t = config.train
     plan = make_plan(problem.train, t.batch_size, t.batch_tokens)
-    tx = make_optimizer(config.optimizer, 2 * plan.per_epoch)
+    tx = make_optimizer(config.optimizer, t.epochs * plan.per_epoch)
     apply, run = start(problem, config, tx)
-    state, seconds = run.state, 0.0
+    state = run.state
     with jax.default_matmul_precision(MATMUL[t.precision]):
         chunk = make_steps(problem, config, plan, tx, apply, run, None, False)
         for epoch in range(2):
@@ -112,16 +125,12 @@ def points_per_second(problem: Problem, config: Config) -> float:
             while done < (epoch + 1) * plan.per_epoch:
                 state, values = chunk(state, done)
                 done += values["loss"].shape[1]
-            seconds = time.perf_counter() - began
-    used = [s * b for s, b in zip(plan.steps, plan.batches, strict=True)]
-    real = [split.mask.sum(1).mean() for split in buckets_of(problem.train)]
-    return float(np.dot(used, real)) / seconds
+    return time.perf_counter() - began
 
 
 def of_one_size(problem: Problem, count: int = 128) -> Problem:
     """The problem with training samples of the mean size, cut from the points of the real ones."""
-    real = [split.mask for split in buckets_of(problem.train)]
-    size = int(np.mean(np.concatenate([mask.sum(1) for mask in real])))
+    size = points_of(problem) // count_of(problem.train)
     size = max(size // 256, 1) * 256
     together = lambda name: np.concatenate(
         [getattr(split, name)[split.mask] for split in buckets_of(problem.train)]
@@ -131,11 +140,11 @@ def of_one_size(problem: Problem, count: int = 128) -> Problem:
     return dataclasses.replace(problem, train=(Split(x, y, np.ones((count, size), bool)),))
 
 
-def cost_of_sizes(problem: Problem, config: Config) -> dict:
-    """What padding and changing sizes cost in training steps."""
-    ragged = points_per_second(problem, config)
+def cost_of_sizes(problem: Problem, config: Config, seconds: float) -> dict:
+    """What padding and changing sizes cost: `seconds` are those of an epoch of training."""
     same = of_one_size(problem, count=min(128, count_of(problem.train)))
-    fixed = points_per_second(same, config)
+    fixed = points_of(same) / seconds_of_an_epoch(same, config)
+    ragged = points_of(problem) / seconds
     return {
         "padding": waste(problem.train),
         "buckets": describe(problem.train),
@@ -215,9 +224,6 @@ def main(arguments=None) -> None:
         return
     folder = args.out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / "cost_of_sizes.json"  # measured once, not again when a run goes on
-    if not kept.exists():
-        kept.write_text(json.dumps(cost_of_sizes(problem, config)))
     result = trained(problem, config, folder, args.seconds)
     if result is not None:  # where its parts were is nobody's business
         result["config"]["problem"] |= {"data": None, "cache": None}
@@ -225,6 +231,7 @@ def main(arguments=None) -> None:
     curves = records.history(folder)
     done, spent = float(curves["epoch"][-1]), float(curves["seconds"][-1])
     epochs = records.epoch_seconds(folder) or [spent / done]
+    an_epoch = float(np.median(epochs[1:] or epochs))
     facts = {
         "data": "folder" if args.data else f"generated, seed {config.problem.data_seed}",
         "parts": {n: count_of(getattr(problem, n)) for n in ("train", "valid", "test")},
@@ -237,9 +244,9 @@ def main(arguments=None) -> None:
         "mean_predictor_legacy": legacy_of_the_mean(problem),
         "paper_legacy": PAPER,
         "data_seconds": round(data_seconds, 1),
-        "seconds_per_epoch": float(np.median(epochs[1:] or epochs)),
+        "seconds_per_epoch": an_epoch,
         "training_seconds": spent,
-        "cost_of_sizes": json.loads(kept.read_text()),
+        "cost_of_sizes": cost_of_sizes(problem, config, an_epoch),
         "result": result,
     }
     names = ("epoch", "seconds", "valid", "valid_ema")

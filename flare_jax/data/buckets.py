@@ -23,9 +23,8 @@ from flare_jax.problems.problem import Samples, Split, buckets_of
 
 MULTIPLE = 256  # most that bucket sizes are multiples of: whole tiles; parts over devices
 
-Sample = tuple[
-    Float[np.ndarray, "N in"], Float[np.ndarray, "N O"]
-]  # inputs and targets at N points
+# inputs and targets of a mesh
+Sample = tuple[Float[np.ndarray, "N in"], Float[np.ndarray, "N O"]]
 
 
 def bucket_sizes(sizes: Sequence[int], count: int, multiple: int | None = None) -> tuple[int, ...]:
