@@ -2,8 +2,9 @@
 
 The benchmark that the FLARE paper made (arXiv 2508.12594; data set `vedantpuri/LPBF_FLARE`): parts
 of Ti-6Al-4V of up to 60 mm, each on a mesh of its own of 736 to 47,542 nodes. Inputs of a node are
-its position (x, y, z) in mm over (30, 30, 60); the target is its displacement along z in mm at the
-end of the build. All that a surrogate knows of a part is where its nodes are.
+its position (x, y, z) in mm over (30, 30, 60), or over half of that for `small` parts; the target
+is its displacement along z in mm at the end of the build. All that a surrogate knows of a part is
+where its nodes are.
 
 Three sources:
 
@@ -27,6 +28,7 @@ which the constant m in the denominator makes small. It serves to compare with t
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -49,7 +51,7 @@ from flare_jax.solvers import lpbf as solver
 log = logging.getLogger(__name__)
 
 INPUTS, TARGETS = ("x", "y", "z"), ("disp_z",)  # columns of model inputs and outputs
-SCALE = (30.0, 30.0, 60.0)  # mm
+SCALE = {"paper": (30.0, 30.0, 60.0), "small": (15.0, 15.0, 30.0)}  # mm
 FIRST_INDEX = {"train": 0, "test": 1_000_000}  # of generated parts
 # what torch.rand(3, 1) gives for seed 0: of it the published metric takes mean and deviation
 LEGACY = np.array([0.49625659, 0.76822180, 0.08847743])
@@ -124,8 +126,10 @@ def load(config: LPBFConfig, progress: bool = True) -> Problem:
     training parts. `progress` shows a bar while parts are generated.
     """
     files = split_files(config, progress)
+    scale = np.array(SCALE[config.size], np.float32)
+    read = functools.partial(sample, scale=scale)
     with ThreadPoolExecutor() as pool:
-        samples = {name: list(pool.map(sample, paths)) for name, paths in files.items()}
+        samples = {name: list(pool.map(read, paths)) for name, paths in files.items()}
     y = np.concatenate([y for _, y in samples["train"]])
     split = bucketed_splits(samples, config.num_buckets)
     return Problem(
@@ -133,7 +137,7 @@ def load(config: LPBFConfig, progress: bool = True) -> Problem:
         train=split["train"],
         valid=split.get("valid"),
         test=split["test"],
-        x_normalizer=Normalizer(np.zeros(3, np.float32), np.array(SCALE, np.float32)),
+        x_normalizer=Normalizer(np.zeros(3, np.float32), scale),
         y_normalizer=Normalizer.fit(y[None]),
         loss=rel_l2,
         inputs=INPUTS,
@@ -154,12 +158,12 @@ def legacy(
     return rel_l2(warp(prediction), warp(target), mask, axis_name=axis_name)
 
 
-def sample(path: Path) -> Sample:
+def sample(path: Path, scale: Float[np.ndarray, "3"]) -> Sample:
     """Scaled positions [n, 3] and vertical displacement [n, 1] of the part in a file."""
     mesh = meshes.read_mesh(path, ("disp",))
     if mesh.points.shape[1] != 3 or mesh.fields["disp"].shape[1] != 3:
         raise DataFileError(f"{path}: pos and disp must be [n, 3]")
-    return mesh.points / np.array(SCALE, np.float32), mesh.fields["disp"][:, 2:]
+    return mesh.points / scale, mesh.fields["disp"][:, 2:]
 
 
 def mesh_inputs(

@@ -103,7 +103,10 @@ def test_bad_requests_say_what_is_wrong(solver, tmp_path):
     with pytest.raises(ValueError, match="num_test must be at least 1"):
         LPBFConfig(num_test=0)
     np.savez(tmp_path / "flat.npz", pos=np.zeros((4, 2)), disp=np.zeros((4, 2)))
-    for read in (lpbf.sample, lambda path: mesh_inputs(path, LPBFConfig())):
+    for read in (
+        lambda path: lpbf.sample(path, np.ones(3)),
+        lambda path: mesh_inputs(path, LPBFConfig()),
+    ):
         with pytest.raises(DataFileError, match="flat.npz: "):
             read(tmp_path / "flat.npz")
 
