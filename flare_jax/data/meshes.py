@@ -77,11 +77,6 @@ def read_mesh(path: Path | str, fields: Collection[str] | None = None) -> MeshFi
     points, found, cells = read(path, fields)
     if points.ndim != 2 or points.shape[1] not in (2, 3) or len(points) == 0:
         raise DataFileError(f"{path}: points must be [n, 2] or [n, 3], got {list(points.shape)}")
-    missing = sorted(set(fields or ()) - found.keys())
-    if missing:
-        raise DataFileError(
-            f"{path} has no field {', '.join(missing)}, it has {', '.join(sorted(found)) or 'none'}"
-        )
     wanted = found if fields is None else {name: found[name] for name in fields}
     arrays = {name: _field(path, name, a, len(points)) for name, a in wanted.items()}
     return MeshFile(_finite(path, "points", points.astype(np.float32)), arrays, cells)
@@ -95,6 +90,14 @@ def _field(path, name, array, n):
             f"{list(array.shape)}"
         )
     return _finite(path, f"field {name!r}", array.reshape(n, -1).astype(np.float32))
+
+
+def _check_names(path, fields, names):
+    """Raises DataFileError, with what there is, unless all `fields` are among the names."""
+    missing = sorted(set(fields or ()) - set(names))
+    if missing:
+        there = ", ".join(sorted(set(names) - {*POINTS, *OTHERS})) or "none"
+        raise DataFileError(f"{path} has no field {', '.join(missing)}, it has {there}")
 
 
 def _finite(path, name, array):
@@ -121,6 +124,7 @@ def _read_npz(path, fields):
         raise DataFileError(
             f"{path} has no array {' or '.join(POINTS)}, it has {', '.join(sorted(names))}"
         )
+    _check_names(path, fields, names)
     elems = arrays.get("elems")
     cells = [] if elems is None or elems.ndim != 2 else [(_kind(elems.shape[1]), elems)]
     own = {name: a for name, a in arrays.items() if name not in (*POINTS, *OTHERS)}
@@ -156,6 +160,7 @@ def _read_meshio(path, fields):
     except (Exception, SystemExit) as error:  # meshio ends the process where no reader fits
         raise DataFileError(f"{path} is damaged or no {path.suffix} file: {error}") from error
     found = {name: np.asarray(a) for name, a in mesh.point_data.items()}
+    _check_names(path, fields, found)
     cells = [(block.type, np.asarray(block.data)) for block in mesh.cells]
     return np.asarray(mesh.points), found, cells
 

@@ -74,7 +74,7 @@ def bad(points=POINTS, **fields):
             r"points must be \[n, 2\] or \[n, 3\], got \[0, 3\]",
         ),
         (bad(np.zeros((5, 4)), p=np.zeros(5)), r"got \[5, 4\]"),
-        (bad(q=np.zeros(5)), "has no field p, it has"),
+        (bad(q=np.zeros(5)), "has no field p, it has q"),
         ({"p": np.zeros(5)}, "has no array pos or points, it has p"),
         (bad(p=np.array([{}] * 5)), "'p' is pickled, which could run any code: refused"),
         ({"pos": np.array([{}] * 5)}, "'pos' is pickled"),
