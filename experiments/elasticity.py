@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import elasticity_ablations as tables
+from experiments.records import history
 from flare_jax.plots import curves_figure, prediction_figure, samples_figure
 from flare_jax.predict import load_run
 from flare_jax.problems import elasticity
@@ -89,19 +90,6 @@ def trained(problem, config: Config, folder: Path) -> dict | None:
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return None
-
-
-def history(folder: Path) -> dict[str, np.ndarray]:
-    """What metrics.jsonl says at every validation: epoch, seconds [n], errors [n, seeds]."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    seconds, epoch, rows = 0.0, 0.0, []
-    for line in lines:
-        if "loss" in line:
-            seconds, epoch = seconds + line["seconds"], line["epoch"]
-        else:
-            rows.append((epoch, seconds, line["valid"], line["valid_ema"]))
-    names = ("epoch", "seconds", "valid", "valid_ema")
-    return {n: np.array(column) for n, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 
 def reached(curves: dict[str, np.ndarray]) -> dict[str, dict[str, float | None]]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
 
 def write(path: Path, rows: list[dict], *, command: str, seconds: float, **facts) -> None:
@@ -37,3 +38,28 @@ def command(name: str, arguments: list[str] | None) -> str:
         at = given.index("--out")
         del given[at : at + 2]
     return " ".join([f"python -m experiments.{name}", *given])
+
+
+def history(folder: Path) -> dict[str, np.ndarray]:
+    """What metrics.jsonl says at every validation: epoch, seconds [n], errors [n, seeds]."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    seconds, epoch, rows = 0.0, 0.0, []
+    for line in lines:
+        if "loss" in line:
+            seconds, epoch = seconds + line["seconds"], line["epoch"]
+        else:
+            rows.append((epoch, seconds, line["valid"], line["valid_ema"]))
+    names = ("epoch", "seconds", "valid", "valid_ema")
+    return {n: np.array(column) for n, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def epoch_seconds(folder: Path) -> list[float]:
+    """Seconds spent in the training steps of each whole epoch in a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found, spent = [], 0.0
+    for line in lines:
+        if "loss" in line:
+            spent += line["seconds"]
+            if line["epoch"] == int(line["epoch"]):
+                found, spent = [*found, spent], 0.0
+    return found

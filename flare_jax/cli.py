@@ -16,13 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from flare_jax import __version__, parallel, spectra
+from flare_jax.data.buckets import describe
+from flare_jax.data.meshes import write_mesh
 from flare_jax.ops.flare import DEFAULT, IMPLEMENTATIONS
 from flare_jax.ops.fused import mlp
 from flare_jax.plots import prediction_figure, spectra_figure
-from flare_jax.predict import CHUNK, Surrogate, Which, load_run
-from flare_jax.problems.metrics import rel_l2
+from flare_jax.predict import CHUNK, Surrogate, Which, load_run, one_sample, test_errors
+from flare_jax.problems.mesh import fields_of
+from flare_jax.problems.problem import buckets_of, count_of
 from flare_jax.solvers.darcy import ConvergenceError
 from flare_jax.solvers.elasticity import SolverError
+from flare_jax.solvers.lpbf import SolverError as PartError
 from flare_jax.train.checkpoint import CheckpointError
 from flare_jax.train.config import PROBLEMS, config_class, from_dict, preset
 from flare_jax.train.loop import Interrupted, NonFiniteError, fit
@@ -30,7 +34,7 @@ from flare_jax.train.loop import Interrupted, NonFiniteError, fit
 console = Console()
 Run = Annotated[Path, tyro.conf.Positional]  # folder of a training run
 ERRORS = (ValueError, OSError, NotImplementedError, CheckpointError, NonFiniteError, Interrupted)
-ERRORS += (ConvergenceError, SolverError)
+ERRORS += (ConvergenceError, SolverError, PartError)
 DTYPES = "float32", "bfloat16"  # that `info` tells about
 
 
@@ -81,14 +85,18 @@ def train(argv: list[str]) -> None:
     default = preset(problem, options.preset)
     if options.resume:
         values = json.loads(read_text(folder / "config.json"))
-        values.pop("name")
+        for fact in ("name", "fields"):
+            values.pop(fact, None)
         default = from_dict(config_class(problem), values)
     config = parse(config_class(problem), default, f"flare-jax train {problem}", rest)
-    mesh = parallel.make_mesh(options.mesh, config.train.batch_size)
+    t = config.train
+    batch = t.batch_size if t.batch_tokens is None else jax.device_count()  # fits any mesh
+    mesh = parallel.make_mesh(options.mesh, batch)
     say = console.print if parallel.is_main() else lambda *_: None
     say(f"{problem} on {parallel.describe(mesh)}, into {folder}")
     module, _ = PROBLEMS[problem]
     data = module.load(config.problem)
+    say(f"training samples: {describe(data.train)}")
     result = fit(data, config, folder, resume=options.resume, mesh=mesh, fsdp=options.fsdp)
     if parallel.is_main():
         figure = folder / "figure.png"
@@ -125,17 +133,19 @@ def predict(argv: list[str]) -> None:
     def arguments(
         run: Run,
         file: Annotated[Path, tyro.conf.Positional],
-        out: Path = Path("prediction.npz"),
+        out: Path | None = None,
         which: Which = "best",
         chunk: int = CHUNK,
-    ) -> tuple[Path, Path, Path, str, int]:
+    ) -> tuple[Path, Path, Path | None, str, int]:
         """Writes predictions in physical units.
 
         Args:
             run: folder of a training run.
             file: new inputs: for darcy a .npz with `coefficient` or a .mat with `coeff`, [n, s, s];
-                for elasticity a .npz with `points`, [n, N, 2], or a .npy as published, [N, 2, n].
-            out: the .npz to write; a .png of the first samples goes beside it.
+                for elasticity a .npz with `points`, [n, N, 2], or a .npy as published, [N, 2, n];
+                for lpbf and mesh a mesh as .npz, .vtu, .vtk or .ply, with the run's input fields.
+            out: the file to write, a .npz (for lpbf and mesh also a .vtu or .vtk); None:
+                prediction.npz, or prediction.vtu for a mesh that is no .npz. A .png goes beside it.
             which: parameters best on validation, the last ones, or their running average.
             chunk: points on the device at once; larger samples go through it in parts.
         """
@@ -144,6 +154,10 @@ def predict(argv: list[str]) -> None:
     folder, file, out, which, chunk = tyro.cli(arguments, prog="flare-jax predict", args=argv)
     surrogate = load_run(folder, which)
     problem, _ = PROBLEMS[surrogate.problem]
+    if hasattr(problem, "mesh_inputs"):
+        predict_mesh(surrogate, file, out, chunk)
+        return
+    out = out or Path("prediction.npz")
     inputs, targets = problem.INPUTS, problem.TARGETS
     x, shape = problem.inputs_from(file)
     fields = surrogate(x, chunk=chunk)
@@ -152,6 +166,21 @@ def predict(argv: list[str]) -> None:
     picture = out.with_suffix(".png")
     prediction_figure(picture, x[:3], fields[:3], inputs=inputs, targets=targets, shape=shape)
     console.print(f"{len(x)} predictions of {', '.join(targets)} in {out}, picture in {picture}")
+
+
+def predict_mesh(surrogate: Surrogate, file: Path, out: Path | None, chunk: int) -> None:
+    """Fields at the points of the mesh in a file, to a file with its points and cells."""
+    module, _ = PROBLEMS[surrogate.problem]
+    config = surrogate.config.problem
+    out = out or Path("prediction").with_suffix(".npz" if file.suffix == ".npz" else ".vtu")
+    mesh, x = module.mesh_inputs(file, config)
+    values = surrogate(x[None], chunk=chunk)[0]
+    names = getattr(config, "targets", surrogate.targets)
+    fields = fields_of(values, surrogate.targets, names)
+    write_mesh(out, mesh._replace(fields=fields))
+    picture, columns = out.with_suffix(".png"), surrogate.targets
+    prediction_figure(picture, x[None], values[None], inputs=surrogate.inputs, targets=columns)
+    console.print(f"{', '.join(fields)} at {len(x)} points in {out}, picture in {picture}")
 
 
 def generate(argv: list[str]) -> None:
@@ -163,8 +192,9 @@ def generate(argv: list[str]) -> None:
     )
     data = module.load(config)
     sizes = {n: getattr(data, n) for n in ("train", "valid", "test")}
-    text = ", ".join(f"{len(s.x)} {name}" for name, s in sizes.items() if s is not None)
-    console.print(f"{problem}: {text} samples of {data.train.x.shape[1]} points")
+    text = ", ".join(f"{count_of(s)} {name}" for name, s in sizes.items() if s is not None)
+    points = sorted({split.x.shape[1] for split in buckets_of(data.train)})
+    console.print(f"{problem}: {text} samples of {' or '.join(map(str, points))} points")
 
 
 def spectrum(argv: list[str]) -> None:
@@ -177,7 +207,7 @@ def spectrum(argv: list[str]) -> None:
 
         Args:
             run: folder of a training run.
-            samples: how many test samples, from the first.
+            samples: how many test samples, from the first; of meshes, in the fullest bucket.
             out: folder for the two files; None: that of the run.
             which: parameters best on validation, the last ones, or their running average.
         """
@@ -186,10 +216,11 @@ def spectrum(argv: list[str]) -> None:
     folder, samples, out, which = tyro.cli(arguments, prog="flare-jax spectrum", args=argv)
     surrogate = load_run(folder, which)
     data = PROBLEMS[surrogate.problem][0].load(surrogate.config.problem)
-    if not 1 <= samples <= len(data.test.x):
-        raise ValueError(f"samples must be 1 to {len(data.test.x)} test samples, got {samples}")
-    x = surrogate.x_normalizer.decode(data.test.x[:samples])
-    mask = None if data.test.mask is None else data.test.mask[:samples]
+    test = max(buckets_of(data.test), key=lambda split: len(split.x))
+    if not 1 <= samples <= len(test.x):
+        raise ValueError(f"samples must be 1 to {len(test.x)} test samples, got {samples}")
+    x = surrogate.x_normalizer.decode(test.x[:samples])
+    mask = None if test.mask is None else test.mask[:samples]
     found = spectra.model_spectra(surrogate, x, mask)
     facts = {"run": str(folder), "problem": surrogate.problem, "which": which, "samples": samples}
     out.mkdir(parents=True, exist_ok=True)
@@ -309,29 +340,22 @@ def read_text(path: Path) -> str:
     return path.read_text()
 
 
-def test_errors(surrogate: Surrogate, data) -> np.ndarray:
-    """rel-L2 of every test sample."""
-    prediction = surrogate(surrogate.x_normalizer.decode(data.test.x), data.test.mask)
-    return np.asarray(rel_l2(prediction, data.test.y, data.test.mask))
-
-
 def draw_test_samples(path: Path, surrogate: Surrogate, data) -> None:
     """The test samples with the smallest, the median and the largest error."""
     errors = test_errors(surrogate, data)
     order = np.argsort(errors)
-    rows = order[[0, len(order) // 2, -1]]
-    x = np.asarray(surrogate.x_normalizer.decode(data.test.x[rows]))
+    places = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+    rows = {row: name for name, row in places.items()}  # fewer than three with few samples
+    x, fields, truth = zip(*(one_sample(surrogate, data, row) for row in rows), strict=True)
     prediction_figure(
         path,
         x,
-        surrogate(x),
-        data.test.y[rows],
+        fields,
+        truth,
         inputs=data.inputs,
         targets=data.targets,
         shape=data.shape,
-        titles=[
-            f"{n}: {errors[i]:.2%}" for n, i in zip(("best", "median", "worst"), rows, strict=True)
-        ],
+        titles=[f"{name}: {errors[row]:.2%}" for row, name in rows.items()],
     )
 
 
@@ -342,6 +366,8 @@ def report(result: dict, folder: Path, figure: Path) -> None:
         label = {"best": "best on validation", "last": "last", "ema": "running average"}[name]
         spread = f" +- {error['std']:.5f}" if len(error["seeds"]) > 1 else ""
         table.add_row(label, f"{error['mean']:.5f}{spread}")
+    if "legacy" in result:  # the error of the published LPBF table
+        table.add_row("legacy metric", f"{result['legacy'][result['chosen']]['mean']:.5f}")
     table.add_row("predicting the training mean", f"{result['mean_predictor_rel_l2']:.5f}")
     table.add_row("parameters", f"{result['parameters']:,}")
     if result["milliseconds_per_step"] is not None:

@@ -13,13 +13,14 @@ from matplotlib.tri import Triangulation  # noqa: E402
 
 POSITIONS = ("x", "y", "z")
 SIZE = 2.5  # inches of one panel
+MOST_POINTS = 20_000  # drawn in space
 
 
 def prediction_figure(
     path: Path | str,
-    x: Float[np.ndarray, "n N in"],
-    prediction: Float[np.ndarray, "n N O"],
-    truth: Float[np.ndarray, "n N O"] | None = None,
+    x: Sequence[Float[np.ndarray, "N in"]],
+    prediction: Sequence[Float[np.ndarray, "N O"]],
+    truth: Sequence[Float[np.ndarray, "N O"]] | None = None,
     *,
     inputs: Sequence[str],
     targets: Sequence[str],
@@ -32,7 +33,7 @@ def prediction_figure(
 
     Args:
         path: of the image to write.
-        x: raw inputs; columns named x, y (z) are positions.
+        x: raw inputs; columns named x, y (z) are positions. Samples may differ in size.
         prediction, truth: fields in physical units; without truth there is no error.
         inputs, targets: names of the columns.
         shape: draw on this grid (the first axis is x) instead of as points.
@@ -42,12 +43,14 @@ def prediction_figure(
     """
     positions = [i for i, name in enumerate(inputs) if name in POSITIONS]
     others = [i for i, name in enumerate(inputs) if name not in POSITIONS]
-    panels = [(inputs[i], x[..., i], "cividis") for i in others[:1]]
+    column = lambda samples, i=0: [sample[:, i] for sample in samples]
+    panels = [(inputs[i], column(x, i), "cividis") for i in others[:1]]
     if truth is not None:
-        panels.append((f"{targets[0]}: truth", truth[..., 0], "viridis"))
-    panels.append((f"{targets[0]}: prediction", prediction[..., 0], "viridis"))
+        panels.append((f"{targets[0]}: truth", column(truth), "viridis"))
+    panels.append((f"{targets[0]}: prediction", column(prediction), "viridis"))
     if truth is not None:
-        panels.append(("prediction - truth", (prediction - truth)[..., 0], "RdBu_r"))
+        errors = [p - t for p, t in zip(column(prediction), column(truth), strict=True)]
+        panels.append(("prediction - truth", errors, "RdBu_r"))
 
     rows, columns = len(x), len(panels)
     figure, axes = plt.subplots(
@@ -56,6 +59,7 @@ def prediction_figure(
         squeeze=False,
         figsize=(SIZE * 1.15 * columns, SIZE * rows),
         layout="constrained",
+        subplot_kw={"projection": "3d"} if len(positions) == 3 else {},
     )
     for row in range(rows):
         fields = [values[row] for name, values, _ in panels if name.startswith(targets[0])]
@@ -72,7 +76,9 @@ def prediction_figure(
             figure.colorbar(image, ax=axis, shrink=0.8)
             if row == 0:
                 axis.set_title(name)
-        if row < len(titles):
+        if row < len(titles) and len(positions) == 3:
+            axes[row, 0].text2D(0, 0.95, titles[row], transform=axes[row, 0].transAxes)
+        elif row < len(titles):
             axes[row, 0].set_ylabel(titles[row])
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -129,8 +135,10 @@ def curves_figure(
 
 
 def draw(axis, positions, values, shape, colours, limits, longest_edge=None, moved=None):
-    """One field on a grid, or in the plane of the first two positions as points or triangles."""
+    """One field on a grid, on triangles of the plane, or as points of the plane or of space."""
     style = dict(cmap=colours, vmin=limits[0], vmax=limits[1])
+    if axis.name == "3d":
+        return draw_in_space(axis, positions, values, style)
     axis.set(xticks=[], yticks=[], aspect="equal")
     if shape is not None:
         return axis.imshow(values.reshape(shape).T, origin="lower", **style)
@@ -141,6 +149,18 @@ def draw(axis, positions, values, shape, colours, limits, longest_edge=None, mov
         return axis.tripcolor(mesh, values, shading="gouraud", **style)
     area = np.clip(4000 / len(positions), 0.5, 16)  # of a marker: they cover a panel about equally
     return axis.scatter(*positions.T[:2], c=values, s=area, linewidths=0, **style)
+
+
+def draw_in_space(axis, positions, values, style):
+    """Points of space, at most MOST_POINTS of them, seen from above a corner."""
+    keep = slice(None, None, -(-len(positions) // MOST_POINTS))
+    place = positions[keep]
+    area = np.clip(20_000 / len(place), 1.5, 30)
+    axis.set_axis_off()
+    image = axis.scatter(*place.T, c=values[keep], s=area, linewidths=0, depthshade=False, **style)
+    low, high = place.min(0), place.max(0)
+    axis.set_box_aspect(np.maximum(high - low, 0.05 * (high - low).max()) + 1e-12, zoom=1.3)
+    return image
 
 
 def triangles(points: Float[np.ndarray, "N S"], longest_edge: float) -> Triangulation:

@@ -13,17 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from flare_jax.data.buckets import take_samples
 from flare_jax.models.functional import Params
-from flare_jax.problems.problem import Normalizer
+from flare_jax.problems.metrics import rel_l2
+from flare_jax.problems.problem import Normalizer, Problem, buckets_of
 from flare_jax.stream import make_streamed
 from flare_jax.train.checkpoint import load
-from flare_jax.train.config import Config, config_class, from_dict
+from flare_jax.train.config import PROBLEMS, Config, config_class, from_dict
 from flare_jax.train.loop import MATMUL, build
 
 log = logging.getLogger(__name__)
 
 Which = Literal["best", "last", "ema"]
 CHUNK = 2**20  # points on the device at once
+FAR = 4  # times the points of any training sample: worth a word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Surrogate:
     params: Params
     x_normalizer: Normalizer
     y_normalizer: Normalizer
+    inputs: tuple[str, ...] = ()  # names of the columns of x
+    targets: tuple[str, ...] = ()  # and of the fields
+    points: int | None = None  # of the largest training sample
 
     def __call__(
         self,
@@ -58,6 +64,14 @@ class Surrogate:
             raise ValueError("x holds values that are not finite")
         masks = [None] * len(x) if mask is None else mask[:, None]
         decoded = self._decoded
+        most = x.shape[1] if mask is None else int(np.sum(mask, 1).max())
+        if self.points is not None and most > FAR * self.points:
+            log.warning(
+                "%d points are far more than the %d of the largest training sample: "
+                "trust these predictions less",
+                most,
+                self.points,
+            )
         if x.shape[1] > chunk:
             log.warning("%d points: streamed, %d at a time", x.shape[1], chunk)
             decoded = self._streamed(chunk)
@@ -95,6 +109,9 @@ def load_run(folder: Path | str, which: Which = "best") -> Surrogate:
         raise FileNotFoundError(f"{folder} holds no run: there is no config.json")
     values = json.loads((folder / "config.json").read_text())
     problem = values.pop("name")
+    module, _ = PROBLEMS[problem]
+    fields = values.pop("fields", None)  # older runs have none
+    fields = fields or {"inputs": module.INPUTS, "targets": module.TARGETS, "points": None}
     config = from_dict(config_class(problem), values)
     saved = load(folder / "checkpoints")
     best, state = saved["best"], saved["state"]
@@ -105,4 +122,24 @@ def load_run(folder: Path | str, which: Which = "best") -> Surrogate:
     params = jax.tree.map(lambda x: x[seed], params)
     x_norm, y_norm = (Normalizer(**saved[f"{name}_normalizer"]) for name in "xy")
     apply, _ = build(config, len(x_norm.mean), len(y_norm.mean))
-    return Surrogate(problem, config, apply, params, x_norm, y_norm)
+    names = tuple(fields["inputs"]), tuple(fields["targets"])
+    return Surrogate(problem, config, apply, params, x_norm, y_norm, *names, fields["points"])
+
+
+def test_errors(surrogate: Surrogate, data: Problem) -> np.ndarray:
+    """rel-L2 of every test sample."""
+    errors = []
+    for split in buckets_of(data.test):
+        prediction = surrogate(surrogate.x_normalizer.decode(split.x), split.mask)
+        errors.append(rel_l2(prediction, split.y, split.mask))
+    return np.concatenate(errors)
+
+
+def one_sample(surrogate: Surrogate, data: Problem, row: int) -> tuple[np.ndarray, ...]:
+    """Raw inputs, predicted and true fields at the real points of one test sample."""
+    starts = np.cumsum([0, *(len(split.x) for split in buckets_of(data.test))])
+    bucket = int(np.searchsorted(starts, row, side="right")) - 1
+    split = take_samples(buckets_of(data.test)[bucket], np.array([row - starts[bucket]]))
+    x = np.asarray(surrogate.x_normalizer.decode(split.x))
+    real = slice(None) if split.mask is None else split.mask[0]
+    return x[0][real], surrogate(x, split.mask)[0][real], split.y[0][real]

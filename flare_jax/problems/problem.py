@@ -1,7 +1,7 @@
 """What every surrogate problem states: its samples, their normalisation, loss and field names."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,34 +62,56 @@ class Split(NamedTuple):
     mask: Bool[AnyArray, "n N"] | None = None  # True = a real point; None when every point is real
 
 
+Samples = Split | tuple[Split, ...]  # of one size; or meshes of many, padded: one Split a bucket
+
+
+def buckets_of(samples: Samples) -> tuple[Split, ...]:
+    """The buckets of `samples`; those that all have one size are one bucket."""
+    return (samples,) if isinstance(samples, Split) else tuple(samples)
+
+
+def count_of(samples: Samples) -> int:
+    """Number of samples in all buckets."""
+    return sum(len(split.x) for split in buckets_of(samples))
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A surrogate problem, ready to train on. Shapes and values are checked at construction.
 
-    Statistics in the normalisers come from the training split alone. `valid` is cut from training
-    samples and is what selects checkpoints and settings; `test` only measures the end result.
+    Samples of one size are a Split; meshes of different sizes are padded, a Split for each of a few
+    sizes (`data/buckets.py`). Statistics in the normalisers come from the training split alone.
+    `valid` is cut from training samples and is what selects checkpoints and settings; `test` only
+    measures the end result.
     """
 
     name: str
-    train: Split
-    valid: Split | None  # None when there are no validation samples
-    test: Split
+    train: Samples
+    valid: Samples | None  # None when there are no validation samples
+    test: Samples
     x_normalizer: Normalizer  # over all input columns; identity for positions
     y_normalizer: Normalizer
     loss: Callable  # loss(prediction, target, mask) -> [B], on physical fields, pure jax
     inputs: tuple[str, ...]  # names of the input columns
     targets: tuple[str, ...]  # names of the output fields
     shape: tuple[int, ...] | None = None  # grid shape for plots, such as (85, 85)
+    # further errors that a result reports beside rel_l2, by name; like `loss`
+    metrics: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("train", "valid", "test"):
             split = getattr(self, name)
             if name == "valid" and split is None:
                 continue
-            _check_split(f"{self.name}: {name}", split, len(self.inputs), len(self.targets))
-            points = split.x.shape[1]
-            if self.shape is not None and points != np.prod(self.shape):
-                raise ValueError(f"{self.name}: {name} has {points} points, grid is {self.shape}")
+            for bucket in buckets_of(split):
+                _check_split(f"{self.name}: {name}", bucket, len(self.inputs), len(self.targets))
+                points = bucket.x.shape[1]
+                if self.shape is not None and points != np.prod(self.shape):
+                    raise ValueError(
+                        f"{self.name}: {name} has {points} points, grid is {self.shape}"
+                    )
+            if not buckets_of(split):
+                raise ValueError(f"{self.name}: {name} holds no samples")
         for name, normalizer, fields in (
             ("x_normalizer", self.x_normalizer, self.inputs),
             ("y_normalizer", self.y_normalizer, self.targets),
@@ -103,12 +125,12 @@ class Problem:
         Where no sample is padded the mean is taken point by point over the training samples;
         otherwise it is one number per field. A surrogate that learned anything is far below it.
         """
-        if self.train.mask is None and self.train.y.shape[1] == self.test.y.shape[1]:
-            mean = np.mean(self.train.y, axis=0, dtype=np.float64).astype(np.float32)  # [N, O]
-        else:
-            mean = self.y_normalizer.mean
-        prediction = np.broadcast_to(mean, self.test.y.shape)
-        return float(np.mean(rel_l2(prediction, self.test.y, self.test.mask)))
+        mean, train, tests = self.y_normalizer.mean, buckets_of(self.train), buckets_of(self.test)
+        sizes = {s.y.shape[1] for s in (*train, *tests)}
+        if train[0].mask is None and len(sizes) == 1:
+            mean = np.mean(train[0].y, axis=0, dtype=np.float64).astype(np.float32)  # [N, O]
+        errors = [rel_l2(np.broadcast_to(mean, s.y.shape), s.y, s.mask) for s in tests]
+        return float(np.mean(np.concatenate(errors)))
 
 
 def _check_split(name: str, split: Split, num_inputs: int, num_targets: int) -> None:

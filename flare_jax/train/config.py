@@ -9,12 +9,14 @@ from types import ModuleType
 from typing import Any, Literal
 
 from flare_jax.models.flare import FLAREConfig
-from flare_jax.problems import darcy, elasticity
+from flare_jax.problems import darcy, elasticity, lpbf, mesh
 from flare_jax.train.optimizer import OptimizerConfig
 
 PROBLEMS: dict[str, tuple[ModuleType, type]] = {
     "darcy": (darcy, darcy.DarcyConfig),
     "elasticity": (elasticity, elasticity.ElasticityConfig),
+    "lpbf": (lpbf, lpbf.LPBFConfig),
+    "mesh": (mesh, mesh.MeshConfig),
 }
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -25,6 +27,7 @@ class TrainConfig:
 
     epochs: int = 100  # passes over the training samples
     batch_size: int = 2  # samples a step
+    batch_tokens: int | None = None  # points a step, instead: small meshes share a batch
     seed: int = 0  # of initial parameters and sample order
     seeds: int = 1  # runs trained at once, with seed, seed + 1, ...
     precision: Precision = "float32"  # of products; bfloat16 computes everything but sums in it
@@ -35,6 +38,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "seeds", "eval_every", "chunk_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be at least 1, got {self.batch_tokens}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.precision not in typing.get_args(Precision):

@@ -1,9 +1,12 @@
 """The training loop: seeds side by side, chunks of steps on the device, checkpoints, one summary.
 
 Every array of a run has a leading axis of seeds, trained together by `vmap`. The samples live on
-the device; one call runs a `lax.scan` over a chunk of an epoch's steps. The order of an epoch is
-a permutation drawn from (seed, epoch) alone, so a resumed run sees what an undisturbed one sees.
-On many devices the same code runs on arrays spread over them: see `parallel.py`.
+the device; one call runs a `lax.scan` over a chunk of an epoch's steps. Where samples differ in
+size there is a program for each bucket of them, and a call for each step. The order of an epoch
+follows from (seed, epoch) alone (`data/buckets.py`), so a resumed run sees what an undisturbed one
+sees. Training samples larger than DEVICE_BYTES stay on the host, and the batches of the next steps
+travel while a step runs. On many devices the same code runs on arrays spread over them: see
+`parallel.py`.
 """
 
 import contextlib
@@ -14,7 +17,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,18 +30,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from flare_jax import parallel
+from flare_jax.data.buckets import batches, make_plan, take_samples, waste
 from flare_jax.models.flare import FLAREModel
 from flare_jax.models.functional import Params, functional, num_parameters
-from flare_jax.problems.metrics import rel_l2
-from flare_jax.problems.problem import Normalizer, Problem, Split
+from flare_jax.problems.problem import (
+    Normalizer,
+    Problem,
+    Split,
+    buckets_of,
+    count_of,
+)
 from flare_jax.train.checkpoint import CheckpointError, Checkpoints
 from flare_jax.train.config import Config, to_dict
+from flare_jax.train.errors import make_errors
 from flare_jax.train.log import MetricsFile, progress_bar
 from flare_jax.train.optimizer import make_optimizer
 from flare_jax.train.step import TrainState, init_state, make_train_step, surrogate_loss
 
 MATMUL = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
-EVAL_TOKENS = 2**17  # points in one batch of an evaluation
+DEVICE_BYTES = 4 * 2**30  # larger training sets stay on the host
+AHEAD = 3  # calls that wait on the device while the host prepares the next
 
 
 class NonFiniteError(RuntimeError):
@@ -95,52 +107,17 @@ def start(problem: Problem, config: Config, tx) -> tuple[Callable, Run]:
     )
 
 
-def make_chunk(
-    train_step: Callable, num_samples: int, batch_size: int, length: int, **options
-) -> Callable:
-    """Jits `(state, key data, samples) -> (state, metrics [seeds, length])`.
+def make_chunk(train_step: Callable, **options) -> Callable:
+    """Jits `(state, samples, rows [seeds, length, batch]) -> (state, metrics [seeds, length])`.
 
-    Takes the next `length` steps of an epoch, `length` dividing its steps. An epoch uses each
-    sample once; those left over by the batch size are other ones every time. `options` are those
-    of `jax.jit`.
+    A step for each batch of rows. `options` are those of `jax.jit`.
     """
-    per_epoch = num_samples // batch_size
 
-    def chunk(state: TrainState, key, samples: Split):
-        key = jax.random.fold_in(jax.random.wrap_key_data(key), state.step // per_epoch)
-        order = jax.random.permutation(key, num_samples)[: per_epoch * batch_size]
-        rows = jax.lax.dynamic_slice_in_dim(
-            order.reshape(per_epoch, batch_size), state.step % per_epoch, length
-        )
+    def chunk(state: TrainState, samples: Split, rows):
         take = lambda rows: jax.tree.map(lambda a: a[rows], samples)
         return jax.lax.scan(lambda state, rows: train_step(state, take(rows)), state, rows)
 
-    return jax.jit(jax.vmap(chunk, in_axes=(0, 0, None)), donate_argnums=0, **options)
-
-
-def make_errors(
-    apply: Callable, y_normalizer: Normalizer, samples: Split, mesh: Mesh | None = None
-) -> Callable:
-    """Jits `(params of all seeds, samples) -> rel-L2 [seeds, n]` of each sample, in batches."""
-    count, points = samples.y.shape[:2]
-    devices, ranks = (1, 1) if mesh is None else (mesh.size, mesh.shape[parallel.DATA])
-    size = max(1, min(count, EVAL_TOKENS * devices // points))
-    size = -(-size // ranks) * ranks
-    batches = -(-count // size)
-    metric = parallel.loss_over(rel_l2, mesh, points)
-
-    def batch_errors(params, s):
-        prediction = y_normalizer.decode(parallel.model_over(apply, mesh)(params, s.x, s.mask))
-        return metric(prediction, s.y, s.mask)
-
-    def errors(params, samples):
-        rows = jnp.arange(batches * size).reshape(batches, size) % count
-        samples = jax.tree.map(lambda a: a[rows], samples)
-        of = functools.partial(parallel.over_samples(batch_errors, mesh), params)
-        return jax.lax.map(of, samples).ravel()[:count]
-
-    options = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
-    return jax.jit(jax.vmap(errors, in_axes=(0, None)), **options)
+    return jax.jit(jax.vmap(chunk, in_axes=(0, None, 0)), donate_argnums=0, **options)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -183,10 +160,10 @@ def fit(
         ValueError: the batch is larger than the training split, the folder holds a run, or the
             mesh does not divide the batch.
     """
-    t, samples = config.train, len(problem.train.x)
+    t, samples = config.train, count_of(problem.train)
     if t.batch_size > samples:
         raise ValueError(f"batch_size must be at most the {samples} samples, got {t.batch_size}")
-    if mesh is not None and t.batch_size % mesh.shape[parallel.DATA]:
+    if mesh is not None and t.batch_tokens is None and t.batch_size % mesh.shape[parallel.DATA]:
         raise ValueError(
             f"data={mesh.shape[parallel.DATA]} of the mesh must divide the batch of {t.batch_size}"
         )
@@ -215,7 +192,9 @@ def writable(folder: Path | str) -> Path:
 def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
     t, plain = config.train, {"name": problem.name, **to_dict(config)}
     plain["problem"].pop("cache", None)  # where generated samples are kept decides nothing
-    per_epoch = len(problem.train.x) // t.batch_size
+    ranks = 1 if mesh is None else mesh.shape[parallel.DATA]
+    plan = make_plan(problem.train, t.batch_size, t.batch_tokens, ranks)
+    per_epoch = plan.per_epoch
     steps = t.epochs * per_epoch
     tx = make_optimizer(config.optimizer, steps)
     apply, run = start(problem, config, tx)
@@ -224,13 +203,12 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
     if resume:
         run = checkpoints.restore(run, plain)
     if parallel.is_main():
-        (folder / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
+        text = json.dumps(plain | {"fields": fields(problem)}, indent=2)
+        (folder / "config.json").write_text(text + "\n")
 
-    chunk, length = make_steps(problem, config, tx, apply, run, mesh, fsdp)
-    samples = parallel.place_samples(problem.train, mesh)
-    valid = None if problem.valid is None else parallel.place_samples(problem.valid, mesh)
+    chunk = make_steps(problem, config, plan, tx, apply, run, mesh, fsdp)
     y_normalizer = jax.tree.map(np.asarray, run.y_normalizer)
-    errors = None if valid is None else make_errors(apply, y_normalizer, valid, mesh)
+    errors = make_errors(apply, y_normalizer, mesh, problem.metrics)
 
     done, times, began = int(run.state.step[0]), [], time.perf_counter()
     main = parallel.is_main()
@@ -242,9 +220,9 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
         bar = progress.add_task("", total=t.epochs, completed=done // per_epoch, status="")
         while done < steps:
             tick = time.perf_counter()
-            state, values = chunk(run.state, run.keys, samples)
+            state, values = chunk(run.state, done)
             run = run._replace(state=state)
-            values = jax.device_get(values)  # [seeds, length]
+            length = values["loss"].shape[1]
             times.append((time.perf_counter() - tick) / length)
             check_finite(values, done, config, checkpoints)
             done += length
@@ -252,9 +230,9 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
             metrics.write(step=done, epoch=done / per_epoch, seconds=times[-1] * length, **line)
             status["loss"] = line["loss"]
             if done % (per_epoch * t.eval_every) == 0 or done == steps or stopping():
-                if valid is not None:
-                    raw = errors(run.state.params, valid).mean(1)
-                    averaged = errors(run.state.ema, valid).mean(1)
+                if problem.valid is not None:
+                    raw = errors(run.state.params, problem.valid)["rel_l2"].mean(1)
+                    averaged = errors(run.state.ema, problem.valid)["rel_l2"].mean(1)
                     run = run._replace(best=better(run.best, run.state, raw, averaged))
                     metrics.write(step=done, valid=raw.tolist(), valid_ema=averaged.tolist())
                     status["valid rel-L2"] = float(run.best.error.mean())
@@ -264,27 +242,77 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
             if stopping() and checkpoints.latest == done:
                 raise Interrupted(f"stopped by a signal at step {done}; saved, resume to go on")
     seconds = time.perf_counter() - began
-    return summarise(problem, config, folder, apply, run, seconds, times, mesh)
+    return summarise(problem, config, folder, errors, run, seconds, times, mesh)
 
 
-def make_steps(problem, config, tx, apply, run, mesh, fsdp) -> tuple[Callable, int]:
-    """`make_chunk`'s function for this run, and the steps that one call of it takes."""
-    t = config.train
-    num_samples, points = problem.train.y.shape[:2]
+def fields(problem: Problem) -> dict:
+    """What a run's user must know of its data: names of the columns, size of the largest sample."""
+    largest = max(
+        split.x.shape[1] if split.mask is None else int(split.mask.sum(1).max())
+        for split in buckets_of(problem.train)
+    )
+    return {"inputs": problem.inputs, "targets": problem.targets, "points": largest}
+
+
+def make_steps(problem, config, plan, tx, apply, run, mesh, fsdp) -> Callable:
+    """`(state, done) -> (state, metrics [seeds, length])`: the next steps after step `done`.
+
+    They end within the epoch, chunk_steps later at most. All steps of a single bucket on the device
+    are one call, so their number divides the epoch's; others are a call each.
+    """
+    buckets = buckets_of(problem.train)
+    resident = sum(a.nbytes for split in buckets for a in split if a is not None) <= DEVICE_BYTES
+    whole, most = resident and len(buckets) == 1, config.train.chunk_steps
+    length = max(d for d in range(1, min(plan.per_epoch, most) + 1) if plan.per_epoch % d == 0)
+    placed = [parallel.place_samples(split, mesh) for split in buckets] if resident else None
+    keys = np.asarray(run.keys)
+
+    def arguments(bucket, rows):
+        if resident:
+            return placed[bucket], rows
+        samples = take_samples(buckets[bucket], rows.ravel())
+        rows = np.arange(rows.size, dtype=rows.dtype).reshape(rows.shape)
+        return parallel.place_samples(samples, mesh), rows
+
+    programs = [make_program(problem, config, b, tx, apply, run, mesh, fsdp) for b in buckets]
+    if not whole:
+        first = [np.zeros((len(keys), 1, size), np.int32) for size in plan.batches]
+        programs = compiled(programs, [(run.state, *arguments(*a)) for a in enumerate(first)])
+
+    def chunk(state, done):
+        steps = length if whole else min(most, plan.per_epoch - done % plan.per_epoch)
+        values = []
+        for bucket, rows in batches(plan, keys, done, steps, whole):
+            state, value = programs[bucket](state, *arguments(bucket, rows))
+            values.append(value)
+            jax.block_until_ready(values[-AHEAD:][0])
+        values = jax.device_get(values)
+        return state, {name: np.concatenate([v[name] for v in values], 1) for name in values[0]}
+
+    return chunk
+
+
+def compiled(programs: Sequence[Callable], arguments: Sequence[tuple]) -> list[Callable]:
+    """The jitted programs, compiled side by side: each keeps a core busy, and memory."""
+    lowered = [program.lower(*args) for program, args in zip(programs, arguments, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda program: program.compile(), lowered))
+
+
+def make_program(problem, config, bucket, tx, apply, run, mesh, fsdp) -> Callable:
+    """`make_chunk`'s function for samples of a bucket's size."""
     loss = surrogate_loss(
         parallel.model_over(apply, mesh),
-        parallel.loss_over(problem.loss, mesh, points),
+        parallel.loss_over(problem.loss, mesh, bucket.y.shape[1]),
         jax.tree.map(np.asarray, run.y_normalizer),
     )
     value_and_grad = parallel.value_and_grad(mesh, fsdp)
     train_step = make_train_step(loss, tx, config.optimizer.ema_decay, value_and_grad)
-    per_epoch = num_samples // t.batch_size
-    length = max(d for d in range(1, min(per_epoch, t.chunk_steps) + 1) if per_epoch % d == 0)
     options = {}
     if mesh is not None:
         state = jax.tree.map(lambda x: x.sharding, run.state)
         options["out_shardings"] = state, NamedSharding(mesh, PartitionSpec())
-    return make_chunk(train_step, num_samples, t.batch_size, length, **options), length
+    return make_chunk(train_step, **options)
 
 
 def check_finite(values: dict, done: int, config: Config, checkpoints: Checkpoints) -> None:
@@ -321,26 +349,28 @@ def signals(caught: list[int]):
             signal.signal(kind, handler)
 
 
-def summarise(problem, config, folder, apply, run, seconds, times, mesh) -> dict:
+def summarise(problem, config, folder, errors, run, seconds, times, mesh) -> dict:
     """Test errors of the chosen, last and averaged parameters, and what the run cost."""
-    test = parallel.place_samples(problem.test, mesh)
-    errors = make_errors(apply, jax.tree.map(np.asarray, run.y_normalizer), test, mesh)
     candidates = {"last": run.state.params, "ema": run.state.ema}
     if problem.valid is not None:
         candidates["best"] = run.best.params
-    per_seed = {name: errors(p, test).mean(1).tolist() for name, p in candidates.items()}
-    chosen = "best" if "best" in per_seed else "last"
+    found = {name: errors(p, problem.test) for name, p in candidates.items()}
+    chosen = "best" if "best" in found else "last"
+    per_seed = lambda metric: {name: e[metric].mean(1).tolist() for name, e in found.items()}
     spread = lambda x: {"mean": float(np.mean(x)), "std": float(np.std(x)), "seeds": x}
+    spreads = lambda metric: {name: spread(x) for name, x in per_seed(metric).items()}
     memory = jax.local_devices()[0].memory_stats() or {}
     result = {
         "problem": problem.name,
-        "test_rel_l2": float(np.mean(per_seed[chosen])),
+        "test_rel_l2": float(np.mean(per_seed("rel_l2")[chosen])),
         "chosen": chosen,
-        "rel_l2": {name: spread(x) for name, x in per_seed.items()},
+        "rel_l2": spreads("rel_l2"),
+        **{metric: spreads(metric) for metric in problem.metrics},
         "valid_rel_l2": None if problem.valid is None else run.best.error.tolist(),
         "mean_predictor_rel_l2": problem.mean_error,
         "parameters": num_parameters(run.state.params) // config.train.seeds,
         "steps": int(run.state.step[0]),
+        "padding": waste(problem.train),  # padded points over real ones, less 1
         "milliseconds_per_step": 1e3 * float(np.median(times[1:] or times)) if times else None,
         "seconds": seconds,
         "peak_bytes": memory.get("peak_bytes_in_use"),

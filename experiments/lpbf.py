@@ -1,0 +1,262 @@
+"""FLARE's LPBF result: the paper's recipe on meshes of different sizes, several seeds.
+
+    python -m experiments.lpbf --out FILE                      # parts are generated, or cached
+    python -m experiments.lpbf --out FILE --data FOLDER        # parts in the published layout
+    python -m experiments.lpbf --out FILE --epochs 50          # shorter, and the record says so
+    python -m experiments.lpbf --out FILE --seconds 500        # stops then, and goes on when called
+    python -m experiments.lpbf --out FILE --epochs 0           # only makes the missing parts
+    python -m experiments.lpbf --out FILE --smoke              # tiny, on any machine
+
+A shorter run is the whole recipe, its learning rate schedule included, over fewer epochs. The run
+and its figure go into a folder beside the record; a command that is cut off goes on where it
+stopped. Validation chooses the parameters called `best`; the test samples measure and choose
+nothing. `legacy` is the error of the published table, see `flare_jax/problems/lpbf.py`.
+
+The record also holds what meshes of different sizes cost: real points a second in the training
+steps of the median epoch, over those of training on samples that all have their mean size.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import typing
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments import records
+from flare_jax.data.buckets import describe, make_plan, waste
+from flare_jax.plots import prediction_figure
+from flare_jax.predict import load_run, one_sample
+from flare_jax.problems import lpbf
+from flare_jax.problems.metrics import rel_l2
+from flare_jax.problems.problem import Problem, Split, buckets_of, count_of
+from flare_jax.train.config import Config, Precision, differences, preset, to_dict
+from flare_jax.train.loop import MATMUL, Interrupted, fit, make_steps, start
+from flare_jax.train.optimizer import make_optimizer
+
+PAPER = 18.5e-3  # test error of FLARE in its paper, on the published set: the legacy metric
+
+
+def parse(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m experiments.lpbf")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--data", type=Path, help="folder of parts in the published layout")
+    parser.add_argument("--cache", type=Path, help="folder for generated parts")
+    parser.add_argument("--epochs", type=int, default=250, help="of training; 0: none")
+    parser.add_argument("--precision", choices=typing.get_args(Precision), default="tf32")
+    parser.add_argument("--seeds", type=int, default=2, help="trained side by side")
+    parser.add_argument("--eval-every", type=int, default=10, help="epochs between checkpoints")
+    parser.add_argument("--seconds", type=float, help="stop training after so long, and save")
+    parser.add_argument("--smoke", action="store_true", help="a tiny configuration")
+    return parser.parse_args(arguments)
+
+
+def configuration(args) -> Config:
+    config = preset("lpbf", "paper")
+    problem = {"data": args.data, "cache": args.cache}
+    train = {name: getattr(args, name) for name in ("epochs", "precision", "seeds", "eval_every")}
+    train["epochs"] = max(args.epochs, 1)
+    model = {}
+    if args.smoke:
+        problem |= {"size": "small", "num_train": 6, "num_valid": 2, "num_test": 3}
+        problem |= {"num_buckets": 2}
+        model = {"channel_dim": 16, "num_blocks": 1, "num_heads": 2, "num_latents": 8}
+        train |= {"epochs": min(train["epochs"], 2), "eval_every": 1}
+    return dataclasses.replace(
+        config,
+        problem=dataclasses.replace(config.problem, **problem),
+        model=dataclasses.replace(config.model, **model),
+        train=dataclasses.replace(config.train, **train),
+    )
+
+
+def trained(problem: Problem, config: Config, folder: Path, seconds: float | None) -> dict | None:
+    """Trains, goes on, or reads what was trained; None if a signal or the time limit stopped it."""
+    if (folder / "result.json").exists():
+        result = json.loads((folder / "result.json").read_text())
+        if not differences(result["config"], to_dict(config)):
+            return result
+    started = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
+    over = threading.Event()
+    if seconds is not None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while it compiles; training catches it
+        threading.Thread(target=terminate, args=(seconds, over), daemon=True).start()
+    try:
+        return fit(problem, config, folder, resume=started)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return None
+    finally:
+        over.set()
+
+
+def terminate(seconds: float, over: threading.Event) -> None:
+    """Sends SIGTERM after `seconds`, and every two seconds more until it is `over`."""
+    while not over.wait(seconds):
+        os.kill(os.getpid(), signal.SIGTERM)
+        seconds = 2
+
+
+def points_of(problem: Problem) -> int:
+    """Real points of the training samples."""
+    return sum(int(split.mask.sum()) for split in buckets_of(problem.train))
+
+
+def seconds_of_an_epoch(problem: Problem, config: Config) -> float:
+    """Time of the training steps of a second epoch: the first one compiles."""
+    t = config.train
+    plan = make_plan(problem.train, t.batch_size, t.batch_tokens)
+    tx = make_optimizer(config.optimizer, t.epochs * plan.per_epoch)
+    apply, run = start(problem, config, tx)
+    state = run.state
+    with jax.default_matmul_precision(MATMUL[t.precision]):
+        chunk = make_steps(problem, config, plan, tx, apply, run, None, False)
+        for epoch in range(2):
+            done, began = epoch * plan.per_epoch, time.perf_counter()
+            while done < (epoch + 1) * plan.per_epoch:
+                state, values = chunk(state, done)
+                done += values["loss"].shape[1]
+    return time.perf_counter() - began
+
+
+def of_one_size(problem: Problem, count: int = 128) -> Problem:
+    """The problem with training samples of the mean size, cut from the points of the real ones."""
+    size = points_of(problem) // count_of(problem.train)
+    size = max(size // 256, 1) * 256
+    together = lambda name: np.concatenate(
+        [getattr(split, name)[split.mask] for split in buckets_of(problem.train)]
+    )
+    cut = lambda a: np.resize(a, (count, size, a.shape[1]))
+    x, y = cut(together("x")), cut(together("y"))
+    return dataclasses.replace(problem, train=(Split(x, y, np.ones((count, size), bool)),))
+
+
+def cost_of_sizes(problem: Problem, config: Config, seconds: float) -> dict:
+    """What padding and changing sizes cost: `seconds` are those of an epoch of training."""
+    same = of_one_size(problem, count=min(128, count_of(problem.train)))
+    fixed = points_of(same) / seconds_of_an_epoch(same, config)
+    ragged = points_of(problem) / seconds
+    return {
+        "padding": waste(problem.train),
+        "buckets": describe(problem.train),
+        "points_per_second": ragged,
+        "points_per_second_of_one_size": fixed,
+        "points_of_one_size": same.train[0].x.shape[1],
+        "ratio": ragged / fixed,
+    }
+
+
+def legacy_of_the_mean(problem: Problem) -> float:
+    """The published metric of predicting the training mean: how little it tells."""
+    errors = []
+    for split in buckets_of(problem.test):
+        mean = np.broadcast_to(problem.y_normalizer.mean, split.y.shape)
+        errors.append(lpbf.legacy(mean, split.y, split.mask))
+    return float(np.mean(np.concatenate(errors)))
+
+
+def draw(path: Path, folder: Path, problem: Problem) -> None:
+    """The first test part of the smallest, the middle and the largest bucket."""
+    counts = [len(split.x) for split in buckets_of(problem.test)]
+    starts = np.cumsum([0, *counts[:-1]])
+    surrogate = load_run(folder)
+    rows = sorted({int(starts[i]) for i in (0, len(starts) // 2, len(starts) - 1)})
+    samples = [one_sample(surrogate, problem, row) for row in rows]
+    errors = [float(rel_l2(p[None], y[None])[0]) for _, p, y in samples]
+    x, prediction, truth = zip(*samples, strict=True)
+    titles = [f"{len(a)} nodes: {e:.2%}" for a, e in zip(x, errors, strict=True)]
+    names = dict(inputs=problem.inputs, targets=problem.targets)
+    prediction_figure(path, x, prediction, truth, **names, titles=titles)
+
+
+def told(arguments) -> str:
+    """The command line without the names of folders on this machine."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for name in ("--data", "--cache"):
+        if name in given:
+            given[given.index(name) + 1] = "FOLDER"
+    return records.command("lpbf", given)
+
+
+def show(record: dict) -> None:
+    """The record as a table."""
+    table = Table("LPBF", "rel-L2", "legacy")
+    result = record["result"]
+    for name in result["rel_l2"] if result else ():
+        table.add_row(name, *(mean_and_spread(result[m][name]) for m in ("rel_l2", "legacy")))
+    table.add_row("FLARE's paper, published set", "", f"{PAPER:.5f}")
+    mean = (f"{record[f'mean_predictor_{name}']:.5f}" for name in ("rel_l2", "legacy"))
+    table.add_row("predicting the training mean", *mean)
+    console, cost = Console(), record["cost_of_sizes"]
+    console.print(table)
+    memory = (
+        f", {result['peak_bytes'] / 1e9:.2f} GB at most" if result and result["peak_bytes"] else ""
+    )
+    console.print(
+        f"{record['epochs_done']:g} of {record['epochs']} epochs, {len(record['seeds'])} seeds, "
+        f"{record['precision']}, {record['seconds_per_epoch']:.1f} s an epoch{memory}, "
+        f"{record['device']}; padding {cost['padding']:.1%}, {cost['points_per_second']:.3g} real "
+        f"points/s, {cost['ratio']:.2f} of those of one size"
+    )
+
+
+def mean_and_spread(error: dict) -> str:
+    return f"{error['mean']:.5f} +- {error['std']:.5f}"
+
+
+def main(arguments=None) -> None:
+    args = parse(arguments)
+    began = time.perf_counter()
+    config = configuration(args)
+    problem = lpbf.load(config.problem)
+    data_seconds = time.perf_counter() - began
+    print(f"training parts: {describe(problem.train)}; {data_seconds:.0f} s", flush=True)
+    if args.epochs == 0:
+        return
+    folder = args.out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    result = trained(problem, config, folder, args.seconds)
+    if result is not None:  # where its parts were is nobody's business
+        result["config"]["problem"] |= {"data": None, "cache": None}
+        result["mean_predictor_legacy"] = legacy_of_the_mean(problem)
+    curves = records.history(folder)
+    done, spent = float(curves["epoch"][-1]), float(curves["seconds"][-1])
+    epochs = records.epoch_seconds(folder) or [spent / done]
+    an_epoch = float(np.median(epochs[1:] or epochs))
+    facts = {
+        "data": "folder" if args.data else f"generated, seed {config.problem.data_seed}",
+        "parts": {n: count_of(getattr(problem, n)) for n in ("train", "valid", "test")},
+        "epochs": config.train.epochs,
+        "epochs_done": done,
+        "finished": result is not None,
+        "seeds": list(range(config.train.seeds)),
+        "precision": config.train.precision,
+        "mean_predictor_rel_l2": problem.mean_error,
+        "mean_predictor_legacy": legacy_of_the_mean(problem),
+        "paper_legacy": PAPER,
+        "data_seconds": round(data_seconds, 1),
+        "seconds_per_epoch": an_epoch,
+        "training_seconds": spent,
+        "cost_of_sizes": cost_of_sizes(problem, config, an_epoch),
+        "result": result,
+    }
+    names = ("epoch", "seconds", "valid", "valid_ema")
+    columns = zip(*(curves[name].tolist() for name in names), strict=True)
+    rows = [dict(zip(names, row, strict=True)) for row in columns]
+    seconds = time.perf_counter() - began
+    records.write(args.out, rows, command=told(arguments), seconds=seconds, **facts)
+    draw(folder / "figure.png", folder, problem)
+    show(json.loads(args.out.read_text()))
+
+
+if __name__ == "__main__":
+    main()

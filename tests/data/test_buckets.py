@@ -1,0 +1,95 @@
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from flare_jax.data.buckets import (
+    Plan,
+    batches,
+    bucket_sequence,
+    bucket_sizes,
+    bucketed,
+    describe,
+    make_plan,
+    waste,
+)
+from flare_jax.problems.problem import Split
+
+SIZES = (3, 9, 4, 17, 8, 30, 5)
+KEYS = np.stack([jax.random.key_data(jax.random.key(seed)) for seed in (0, 1)])
+PLAN = Plan((7, 4, 5), (2, 3, 1))
+
+
+def meshes(sizes=SIZES):
+    rng = np.random.default_rng(0)
+    return [(rng.normal(size=(n, 3)), rng.normal(size=(n, 1))) for n in sizes]
+
+
+def padding(sizes, buckets):
+    return sum(min(b for b in buckets if b >= n) - n for n in sizes)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_bucket_sizes_pad_least(count):
+    sizes = np.random.default_rng(count).integers(1, 60, 12).tolist()
+    found = bucket_sizes(sizes, count, multiple=4)
+    rounded = sorted({-(-n // 4) * 4 for n in sizes})
+    most = min(count, len(rounded))
+    others = [c for k in range(most) for c in itertools.combinations(rounded, k + 1)]
+    best = min(padding(sizes, c) for c in others if c[-1] == rounded[-1])
+    assert padding(sizes, found) == best and len(found) <= count
+    assert bucket_sizes([7, 3, 7], 2) == (3, 7)  # as many buckets as sizes: no padding
+    assert all(size % 4 == 0 for size in found) and list(found) == sorted(set(found))
+
+
+def test_bucket_sizes_refuse_nothing_to_pad():
+    for sizes, count in (([], 2), ([3, 0], 2), ([3], 0)):
+        with pytest.raises(ValueError, match="at least"):
+            bucket_sizes(sizes, count)
+
+
+def test_padding_keeps_every_real_point_in_order():
+    found = bucketed(meshes(), (8, 16, 32))
+    assert [s.x.shape for s in found] == [(4, 8, 3), (1, 16, 3), (2, 32, 3)]
+    small = [mesh for mesh in meshes() if len(mesh[0]) <= 8]
+    for i, (x, y) in enumerate(small):
+        np.testing.assert_array_equal(found[0].x[i][found[0].mask[i]], x.astype(np.float32))
+        np.testing.assert_array_equal(found[0].y[i][found[0].mask[i]], y.astype(np.float32))
+    assert not found[0].x[~found[0].mask].any()
+    assert waste(found) == pytest.approx((4 * 8 + 16 + 2 * 32) / sum(SIZES) - 1)
+    assert describe(found) == "4 of 8, 1 of 16, 2 of 32 points, 47.4% of them padding"
+    assert waste(Split(*(np.zeros((2, 5, 1)),) * 2)) == 0
+
+
+def epoch(keys, number, plan=PLAN):
+    calls = batches(plan, keys, number * plan.per_epoch, plan.per_epoch, False)
+    return [(bucket, rows[:, 0].tolist()) for bucket, rows in calls]
+
+
+def test_an_epoch_uses_each_sample_at_most_once():
+    calls = epoch(KEYS, 3)
+    assert len(calls) == PLAN.per_epoch == 3 + 1 + 5
+    for seed in (0, 1):
+        used = [(b, i) for b, rows in calls for i in rows[seed]]
+        assert len(set(used)) == len(used) == 6 + 3 + 5
+        assert all(0 <= i < PLAN.samples[b] for b, i in used)
+
+
+def test_the_order_follows_from_seed_and_epoch_alone():
+    both, alone = epoch(KEYS, 2), epoch(KEYS[1:], 2)
+    assert [(b, rows[1:]) for b, rows in both] == alone  # seeds trained together or apart
+    assert both[0][1][0] != both[0][1][1] and both != epoch(KEYS, 1)
+    part = batches(PLAN, KEYS, 2 * PLAN.per_epoch + 4, 3, False)  # a run resumed in an epoch
+    assert [(b, rows[:, 0].tolist()) for b, rows in part] == both[4:7]
+    assert not np.array_equal(bucket_sequence(PLAN, 0), bucket_sequence(PLAN, 1))
+
+
+def test_small_meshes_share_a_batch():
+    split = lambda n, points: Split(np.zeros((n, points, 1)), np.zeros((n, points, 1)))
+    buckets = split(20, 8), split(9, 32), split(3, 100)
+    assert make_plan(buckets, 2).batches == (2, 2, 2)
+    assert make_plan(buckets, 1, batch_tokens=64).batches == (5, 1, 1)  # 5 rather than 8: 20 / 5
+    assert make_plan(buckets, 1, batch_tokens=64, ranks=2).batches == (4, 2, 2)
+    with pytest.raises(ValueError, match="the 3 training samples of 100 points are fewer than"):
+        make_plan(buckets, 4, ranks=4)

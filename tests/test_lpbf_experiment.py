@@ -1,0 +1,44 @@
+import json
+
+import numpy as np
+
+from experiments import lpbf, records
+from flare_jax.data.buckets import bucketed
+from flare_jax.problems.metrics import rel_l2
+from flare_jax.problems.problem import Normalizer, Problem
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    meshes = [(rng.normal(size=(n, 3)), rng.normal(size=(n, 1))) for n in (300, 700, 600, 900)]
+    split = bucketed(meshes, (512, 1024))
+    one, three = (Normalizer(np.zeros(n, np.float32), np.ones(n, np.float32)) for n in (1, 3))
+    names = ("x", "y", "z"), ("disp_z",)
+    return Problem("lpbf", split, None, split, three, one, rel_l2, *names)
+
+
+def test_samples_of_one_size_are_real_points_of_the_mean_size():
+    real = problem()
+    (split,) = lpbf.of_one_size(real, count=6).train
+    assert split.x.shape == (6, 512, 3) and split.mask.all()  # 625 points, in whole tiles
+    points = np.concatenate([s.x[s.mask] for s in real.train])
+    np.testing.assert_array_equal(split.x.reshape(-1, 3)[:2500], points)
+
+
+def test_the_mean_predictor_looks_good_in_the_published_metric():
+    assert lpbf.legacy_of_the_mean(problem()) < problem().mean_error
+
+
+def test_the_record_names_no_folder_of_this_machine(tmp_path):
+    command = lpbf.told(["--out", "x.json", "--data", str(tmp_path), "--epochs", "5"])
+    assert command == "python -m experiments.lpbf --data FOLDER --epochs 5"
+    config = lpbf.configuration(lpbf.parse(["--out", "x.json", "--epochs", "5"]))
+    assert (config.train.epochs, config.train.seeds, config.train.batch_size) == (5, 2, 1)
+    assert (config.model.num_latents, config.optimizer.weight_decay) == (128, 1e-4)
+
+
+def test_seconds_of_whole_epochs(tmp_path):
+    steps = [(0.5, 1.0), (1.0, 2.0), (1.5, 4.0), (2.0, 8.0), (2.5, 16.0)]
+    lines = [{"step": 0, "epoch": epoch, "seconds": s, "loss": 1.0} for epoch, s in steps]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert records.epoch_seconds(tmp_path) == [3.0, 12.0]
