@@ -3,6 +3,7 @@
     python -m experiments.lpbf --out FILE                      # parts are generated, or cached
     python -m experiments.lpbf --out FILE --data FOLDER        # parts in the published layout
     python -m experiments.lpbf --out FILE --epochs 50          # shorter, and the record says so
+    python -m experiments.lpbf --out FILE --train 300 --test 80        # fewer parts, likewise
     python -m experiments.lpbf --out FILE --seconds 500        # stops then, and goes on when called
     python -m experiments.lpbf --out FILE --epochs 0           # only makes the missing parts
     python -m experiments.lpbf --out FILE --smoke              # tiny, on any machine
@@ -51,6 +52,9 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--data", type=Path, help="folder of parts in the published layout")
     parser.add_argument("--cache", type=Path, help="folder for generated parts")
+    parser.add_argument("--train", type=int, default=1050, help="training parts")
+    parser.add_argument("--valid", type=int, default=50, help="validation parts")
+    parser.add_argument("--test", type=int, default=290, help="test parts")
     parser.add_argument("--epochs", type=int, default=250, help="of training; 0: none")
     parser.add_argument("--precision", choices=typing.get_args(Precision), default="tf32")
     parser.add_argument("--seeds", type=int, default=2, help="trained side by side")
@@ -63,6 +67,7 @@ def parse(arguments=None) -> argparse.Namespace:
 def configuration(args) -> Config:
     config = preset("lpbf", "paper")
     problem = {"data": args.data, "cache": args.cache}
+    problem |= {f"num_{name}": getattr(args, name) for name in ("train", "valid", "test")}
     train = {name: getattr(args, name) for name in ("epochs", "precision", "seeds", "eval_every")}
     train["epochs"] = max(args.epochs, 1)
     model = {}

@@ -4,16 +4,18 @@
     python -m experiments.lpbf_parts --out FOLDER --train 200 --test 50        # the same, fewer
     python -m experiments.lpbf_parts --out FOLDER --size small --train 24 --test 6    # on a CPU
 
-FOLDER gets lpbf_parts_SIZE.json and a picture of twelve parts. Part i is the same in all of these
-but for `--size`, so that fewer parts are a fair sample of all. After `--limit-seconds` no further
-part is begun, and the record says how many were made. Time is that of the generator alone, on the
-device and the host: geometry, equilibrium of all layers, checks, rejected candidates. Compilation
+FOLDER gets lpbf_parts_SIZE.json and a picture of twelve parts; the parts go into `--cache`, where
+training finds them (those already there are left out here). Part i is the same in all of these but
+for `--size`, so that fewer parts are a fair sample of all. After `--limit-seconds` no further part
+is begun, and the record says how many were made. Time is that of all it takes to make and keep
+them: geometry, equilibrium of all layers, checks, rejected candidates, files. Compilation
 is spent once, whatever the number of parts, and partly side by side with solving. On a CPU that has
 other work, OPENBLAS_NUM_THREADS=1 makes this several times as fast.
 """
 
 import collections
 import dataclasses
+import functools
 import math
 import time
 from pathlib import Path
@@ -27,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import records, report
+from flare_jax.problems import lpbf as problem
 from flare_jax.solvers import lpbf
 
 matplotlib.use("Agg")
@@ -56,6 +59,7 @@ class Options:
     size: Literal["paper", "small"] = "paper"  # of the meshes
     seed: int = 0  # of the data set
     limit_seconds: float = math.inf  # stop after this time
+    cache: Path | None = None  # folder for the parts; None: $FLARE_JAX_CACHE or user cache
 
 
 class Made:
@@ -83,18 +87,20 @@ def family(part: lpbf.PartMesh) -> str:
 
 def made(options: Options) -> Made:
     """Generates the parts, or as many as the time allows."""
-    result, count = Made(), options.train + options.test
-    began = time.perf_counter()
-    stream = lpbf.generate(
-        range(count), seed=options.seed, size=options.size, rejected=result.rejected
-    )
-    for part in stream:
-        result.add(part, time.perf_counter() - began)
-        if len(result.rows) % 25 == 0:
-            print(f"{len(result.rows)} parts in {result.seconds[-1]:.0f} s", flush=True)
-        if result.seconds[-1] > options.limit_seconds:
-            stream.close()
-            break
+    result, began = Made(), time.perf_counter()
+    config = problem.LPBFConfig(size=options.size, data_seed=options.seed, cache=options.cache)
+    make = functools.partial(problem.make_missing, config, problem.generated_folder(config))
+    for split, count in (("train", options.train), ("test", options.test)):
+        stream = make(split, count, rejected=result.rejected)
+        for part in stream:
+            result.add(part, time.perf_counter() - began)
+            if len(result.rows) % 25 == 0:
+                print(f"{len(result.rows)} parts in {result.seconds[-1]:.0f} s", flush=True)
+            if result.seconds[-1] > options.limit_seconds:
+                stream.close()
+                return result
+    if not result.rows:
+        raise ValueError("all parts asked for are already in the cache: name another --cache")
     return result
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -38,6 +39,7 @@ def test_the_pace_of_the_last_half_leaves_out_the_first():
 def test_a_record_and_a_picture_are_written(tmp_path, monkeypatch, capsys, limit, parts):
     monkeypatch.setitem(SIZES, "small", (30.0, 100, 250))
     options = lpbf_parts.Options(tmp_path, train=2, test=1, size="small", limit_seconds=limit)
+    options = dataclasses.replace(options, cache=tmp_path / "cache")
     lpbf_parts.main(options, ["--out", str(tmp_path), "--train", "2", "--test", "1"])
     record = json.loads((tmp_path / "lpbf_parts_small.json").read_text())
     assert record["command"] == "python -m experiments.lpbf_parts --train 2 --test 1"

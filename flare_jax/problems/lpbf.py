@@ -32,7 +32,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -216,20 +216,34 @@ def generated_folder(config: LPBFConfig) -> Path:
 def generated(
     config: LPBFConfig, folder: Path, split: str, count: int, progress: bool
 ) -> list[Path]:
-    """The first `count` generated parts of a split, those that are missing made now.
+    """The first `count` generated parts of a split, those that are missing made now."""
+    for _ in make_missing(config, folder, split, count, progress=progress):
+        pass
+    return part_paths(folder, split, count)
+
+
+def part_paths(folder: Path, split: str, count: int) -> list[Path]:
+    first = FIRST_INDEX[split]
+    return [folder / split / f"part_{first + i:07d}.npz" for i in range(count)]
+
+
+def make_missing(
+    config: LPBFConfig, folder: Path, split: str, count: int, **options
+) -> Iterator[solver.PartMesh]:
+    """Makes and keeps the parts that are missing of the first `count` of a split, and yields them.
 
     Part i follows from (data_seed, i) alone, so a command that is cut off goes on where it stopped
-    and asking for more changes none of the others.
+    and asking for more changes none of the others. `options` are those of `solver.generate`.
     """
-    first = FIRST_INDEX[split]
-    paths = [folder / split / f"part_{first + i:07d}.npz" for i in range(count)]
+    paths, first = part_paths(folder, split, count), FIRST_INDEX[split]
     done = next((i for i, path in enumerate(paths) if not path.exists()), count)
-    options = dict(seed=config.data_seed, size=config.size, progress=progress)
-    facts = {"seed": config.data_seed, "size": config.size, "version": solver.VERSION}
-    made: Iterable = solver.generate(range(first + done, first + count), **options)
-    for path, part in zip(paths[done:], made if done < count else (), strict=True):
-        meshes.write_part(path, part, **facts)
-    return paths
+    if done == count:
+        return
+    facts = {"seed": config.data_seed, "size": config.size}
+    made = solver.generate(range(first + done, first + count), **facts, **options)
+    for path, part in zip(paths[done:], made, strict=True):
+        meshes.write_part(path, part, **facts, version=solver.VERSION)
+        yield part
 
 
 def index(folder: Path) -> None:
