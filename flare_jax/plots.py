@@ -77,7 +77,7 @@ def prediction_figure(
             if row == 0:
                 axis.set_title(name)
         if row < len(titles) and len(positions) == 3:
-            axes[row, 0].text2D(0, 0.95, titles[row], transform=axes[row, 0].transAxes)
+            axes[row, 0].text2D(0, 0.93, titles[row], transform=axes[row, 0].transAxes)
         elif row < len(titles):
             axes[row, 0].set_ylabel(titles[row])
     figure.savefig(path, dpi=130)
@@ -159,7 +159,7 @@ def draw_in_space(axis, positions, values, style):
     axis.set_axis_off()
     image = axis.scatter(*place.T, c=values[keep], s=area, linewidths=0, depthshade=False, **style)
     low, high = place.min(0), place.max(0)
-    axis.set_box_aspect(np.maximum(high - low, 0.05 * (high - low).max()) + 1e-12, zoom=1.3)
+    axis.set_box_aspect(np.maximum(high - low, 0.05 * (high - low).max()) + 1e-12, zoom=1.1)
     return image
 
 
