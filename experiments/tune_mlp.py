@@ -150,7 +150,9 @@ def median_ms(compiled, args, calls, repeats=15):
 
 def describe(plan, what):
     def tile(t):
-        flags = ("" if t.resident else "s") + ("" if t.bias else "b")
+        flags = ("" if t.resident > 4 else f"r{t.resident}" if t.resident else "s") + (
+            "" if t.bias else "b"
+        )
         return f"{t.tile}x{t.warps}w/{t.programs}p/{t.stages}{flags}"
 
     if what == "forward":

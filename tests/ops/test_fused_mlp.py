@@ -12,7 +12,7 @@ from flare_jax.ops.fused import mlp
 
 # tiny tiles, few programs: several tiles a program, two and one layers a segment
 TILE = mlp.Tile(16, 4, 2)
-PLAN = mlp.Plan(TILE, ((3, TILE), (1, dataclasses.replace(TILE, resident=False, bias=False))))
+PLAN = mlp.Plan(TILE, ((3, TILE), (1, dataclasses.replace(TILE, resident=0, bias=False))))
 C = 32
 
 

@@ -49,7 +49,7 @@ def _asm_pairs(lines: list[str], dtype, *args: jax.Array) -> jax.Array:
     """
     constraints = ["r" if a.dtype.itemsize == 2 else "f,f" for a in args]
     (out,) = plgpu.elementwise_inline_asm(
-        "{ .reg .f32 s, p, r, t, a, b; .reg .b32 u, v; " + " ".join(lines) + " }",
+        "{ .reg .f32 s, p, r, t, a, b; .reg .b32 u, v; .reg .b16 lo, hi; " + " ".join(lines) + " }",
         args=args,
         constraints=",".join(["=r", *constraints]),
         pack=2,
@@ -60,6 +60,18 @@ def _asm_pairs(lines: list[str], dtype, *args: jax.Array) -> jax.Array:
 
 def _pair_type(dtype) -> str:
     return "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+
+
+def _unpack(dtype, pair: str) -> list[str]:
+    """The registers a and b, float32, from a 16-bit pair."""
+    if dtype == jnp.bfloat16:
+        return [
+            f"shl.b32 u, {pair}, 16;",
+            "mov.b32 a, u;",
+            f"and.b32 u, {pair}, 0xffff0000;",
+            "mov.b32 b, u;",
+        ]
+    return [f"mov.b32 {{lo, hi}}, {pair};", "cvt.f32.f16 a, lo;", "cvt.f32.f16 b, hi;"]
 
 
 def hide(x: jax.Array) -> jax.Array:
@@ -94,18 +106,18 @@ class Activation:
         if self.name not in ACTIVATIONS:
             raise NotImplementedError(f"activation {self.name!r}: {ACTIVATIONS} only")
 
-    def _sigmoid_lines(self, out: str) -> list[str]:
-        """out = sigmoid(r($1))."""
+    def _sigmoid_lines(self, out: str, h: str = "$1") -> list[str]:
+        """out = sigmoid(r(h))."""
         # the unit computes 2^x (exact) or tanh(x): sigmoid(r) = 1/(1+2^(-r/ln 2)) = .5+.5 tanh(r/2)
         scale = -math.log2(math.e) if self.exact else 0.5
         if self.name == "gelu":
             lines = [
-                "mul.ftz.f32 s, $1, $1;",
+                f"mul.ftz.f32 s, {h}, {h};",
                 f"fma.rn.ftz.f32 p, s, {_f32(scale * _B)}, {_f32(scale * _A)};",
-                "mul.ftz.f32 r, $1, p;",
+                f"mul.ftz.f32 r, {h}, p;",
             ]
         else:
-            lines = [f"mul.ftz.f32 r, $1, {_f32(scale)};"]
+            lines = [f"mul.ftz.f32 r, {h}, {_f32(scale)};"]
         if self.exact:
             return lines + [
                 "ex2.approx.ftz.f32 t, r;",
@@ -124,17 +136,33 @@ class Activation:
         return _asm(self._sigmoid_lines("$0"), h)
 
     def residual(self, h: jax.Array, x: jax.Array) -> jax.Array:
-        """x + act(h)."""
+        """x + act(h) in x's dtype."""
         if self.interpret:
-            return x + h * self.sigmoid(h)
-        lines = self._sigmoid_lines("s")
-        return _asm([*lines, "fma.rn.ftz.f32 $0, $1, s, $2;"], h, x)
+            return (x + h * self.sigmoid(h)).astype(x.dtype)
+        if x.dtype == jnp.float32:
+            lines = self._sigmoid_lines("s")
+            return _asm([*lines, "fma.rn.ftz.f32 $0, $1, s, $2;"], h, x)
+        lines = [
+            *_unpack(x.dtype, "$3"),
+            *self._sigmoid_lines("s", "$1"),
+            "fma.rn.ftz.f32 a, $1, s, a;",
+            *self._sigmoid_lines("s", "$2"),
+            "fma.rn.ftz.f32 b, $2, s, b;",
+        ]
+        return _asm_pairs([*lines, f"cvt.rn.{_pair_type(x.dtype)}.f32 $0, b, a;"], x.dtype, h, x)
 
     def residual_from(self, s: jax.Array, h: jax.Array, x: jax.Array) -> jax.Array:
-        """x + act(h), given s = sigmoid(h)."""
+        """x + act(h) in x's dtype, given s = sigmoid(h)."""
         if self.interpret:
-            return x + h * s
-        return _asm(["fma.rn.ftz.f32 $0, $1, $2, $3;"], h, s, x)
+            return (x + h * s).astype(x.dtype)
+        if x.dtype == jnp.float32:
+            return _asm(["fma.rn.ftz.f32 $0, $1, $2, $3;"], h, s, x)
+        lines = [
+            *_unpack(x.dtype, "$5"),
+            "fma.rn.ftz.f32 a, $1, $3, a;",
+            "fma.rn.ftz.f32 b, $2, $4, b;",
+        ]
+        return _asm_pairs([*lines, f"cvt.rn.{_pair_type(x.dtype)}.f32 $0, b, a;"], x.dtype, h, s, x)
 
     def gate(self, s: jax.Array, h: jax.Array, dtype) -> jax.Array:
         """act'(h) in `dtype`, given s = sigmoid(h)."""

@@ -50,7 +50,9 @@ class Tile:
     warps: int
     programs: int
     stages: int = 2
-    resident: bool = True  # weights stay in shared memory, else they come from L2 with every tile
+    resident: int = (
+        99  # layers whose weights stay in shared memory; others' come from L2 every tile
+    )
     bias: bool = True  # biases stay in registers, else they come from L1 with every tile
 
 
@@ -63,7 +65,7 @@ class Plan:
 
 
 def streamed(tile: int, warps: int, programs: int) -> Tile:
-    return Tile(tile, warps, programs, stages=1, resident=False, bias=False)
+    return Tile(tile, warps, programs, stages=1, resident=0, bias=False)
 
 
 # (C, precision) -> Plan; "native" is bfloat16 and float16.
@@ -139,10 +141,13 @@ class Dots:
         return x if self.interpret else tuple(map(once, x))
 
     def column_sums(self, x, start: jax.Array) -> jax.Array:
-        """start [ONES, C] + the sum of x's rows in each row: no shuffles, unlike a reduction."""
-        ones = jnp.ones((ONES, x[0].shape[0]), x[0].dtype)
+        """start [C, ONES] + the sum of x's rows in each column: no shuffles, unlike a reduction.
+
+        x, from `transposed`, is the left operand, as in the product for dW^T: one copy serves both.
+        """
+        ones = jnp.ones((x[0].shape[0], ONES), x[0].dtype)
         for part in reversed(x):
-            start = self.dot((ones,), (part,), 1, 0, start)
+            start = self.dot((part,), (ones,), 0, 0, start)
         return start
 
 
@@ -215,11 +220,16 @@ def _store(ref, rows, mask, value):
 
 
 class _Layer:
-    """x W + b. Resident: W stays in shared memory; else every tile reads it again (from L2)."""
+    """x W + b. Resident: W stays in shared memory; else every tile reads it again (from L2).
 
-    def __init__(self, dots: Dots, refs, tile: Tile):
+    index: the layer's. both: W is used transposed too (without `once`, as a second copy).
+    """
+
+    def __init__(self, dots: Dots, refs, tile: Tile, index: int = 0, both: bool = False):
         self.dots, (self.weight_refs, self.bias_ref) = dots, refs
-        self.weight = self._read() if tile.resident else None
+        self.weight = self._read() if index < tile.resident else None
+        if both and self.weight is not None:
+            self.weight = dots.transposed(self.weight)
         self.bias = self._read_bias() if tile.bias else None
 
     def _read(self):
@@ -261,7 +271,7 @@ def _forward_kernel(
     dtype = x_ref.dtype
     dots, act = spec.dots(dtype), spec.activation(dtype)
     project = _Layer(dots, projection[1], tile) if projection else None
-    sets = [[_Layer(dots, refs, tile) for refs in layers] for layers in sets]
+    sets = [[_Layer(dots, refs, tile, i) for i, refs in enumerate(layers)] for layers in sets]
     norm = [r[...].astype(jnp.float32) for r in norm_refs]
     rows_of = functools.partial(_rows, tile=tokens.tile)
 
@@ -298,12 +308,13 @@ def _backward_kernel(
     g_ref: the gradient at the last layer's output. dx_ref: at the first one's input. dw_ref: the
     partial sums of `_unpack`. Only where first is 0: skip_ref, the gradient of the MLP's output,
     if the skip needs it; add_ref, a gradient of x to add; norm_refs; projection, (y_ref, its
-    layer) or (), with dy_ref, the gradient of y.
+    layer) or (), with dy_ref, the gradient of y. 16-bit recomputed activations are rounded between
+    layers, as the products see them: in float32 they would not fit into registers beside dW.
     """
     dtype = x_ref.dtype
     dots, act = spec.dots(dtype), spec.activation(dtype)
     project = _Layer(dots, projection[1], tile) if projection else None
-    layers = [_Layer(dots, refs, tile) for refs in layers]
+    layers = [_Layer(dots, refs, tile, i, i >= first) for i, refs in enumerate(layers)]
     norm = [r[...].astype(jnp.float32) for r in norm_refs]
     width, last = tokens.width, spec.layers - 1 if spec.linear_last else None
     rows_of = functools.partial(_rows, tile=tokens.tile)
@@ -317,6 +328,8 @@ def _backward_kernel(
         inputs, gates = {}, {}
         for i, layer in enumerate(layers):
             parts = dots.parts(x)
+            if len(parts) == 1:
+                x = parts[0]
             if i < first:
                 x = act.residual(layer(parts), x)
                 continue
@@ -335,8 +348,9 @@ def _backward_kernel(
             dh = dots.parts(act.times_gate(g, gates[i]) if i in gates else g)
             dw, db = sums[i - first]
             # dW^T, not dW: what feeds the transposed operand may be computed twice, and dh is short
-            dw = dots.dot(dots.transposed(dh), inputs[i], 0, 0, dw)
-            new.append((dw, dots.column_sums(dh, db)))
+            dht = dots.transposed(dh)
+            dw = dots.dot(dht, inputs[i], 0, 0, dw)
+            new.append((dw, dots.column_sums(dht, db)))
             g = layers[i].transposed(dh, g)
         sums = (*reversed(new), *sums[len(own) :])
 
@@ -344,9 +358,9 @@ def _backward_kernel(
             if norm:  # the partial sums of its scale and bias too
                 x = _load(x_ref, rows, mask).astype(jnp.float32)
                 x, rstd = _normalise(x, spec.epsilon)
-                norm_sums = (
-                    dots.column_sums(dots.parts(g * x), norm_sums[0]),
-                    dots.column_sums(dots.parts(g), norm_sums[1]),
+                norm_sums = tuple(
+                    dots.column_sums(dots.transposed(dots.parts(part)), total)
+                    for part, total in zip((g * x, g), norm_sums, strict=True)
                 )
                 g = g * rows_of(norm[0])
                 inner = _columns(jnp.sum(g * x, axis=1) / width, width)
@@ -358,18 +372,19 @@ def _backward_kernel(
             if projection:
                 dh, (dw, db) = dots.parts(g), sums[-1]
                 y = dots.parts(_load(projection[0], rows, mask))
-                dw = dots.dot(dots.transposed(dh), y, 0, 0, dw)
-                sums = (*sums[:-1], (dw, dots.column_sums(dh, db)))
+                dht = dots.transposed(dh)
+                dw = dots.dot(dht, y, 0, 0, dw)
+                sums = (*sums[:-1], (dw, dots.column_sums(dht, db)))
                 _store(dy_ref, rows, mask, project.transposed(dh, jnp.zeros_like(g)))
         _store(dx_ref, rows, mask, g)
         return sums, norm_sums
 
-    zero = jnp.zeros((width, width), jnp.float32), jnp.zeros((ONES, width), jnp.float32)
+    zero = jnp.zeros((width, width), jnp.float32), jnp.zeros((width, ONES), jnp.float32)
     norm_zero = (zero[1], zero[1]) if norm and first == 0 else ()
     sums, norm_sums = tokens.loop(body, ((zero,) * (len(own) + bool(projection)), norm_zero))
     row = 0
-    for block in (*((dw.T, db) for dw, db in sums), norm_sums):
-        for value in block:
+    for block in (*sums, norm_sums):
+        for value in (total.T for total in block):
             dw_ref[pl.ds(row, len(value)), :] = value
             row += len(value)
 
@@ -391,10 +406,11 @@ def _call(kernel, tile: Tile, tokens: _Tokens, spec: Spec, name: str, out_shape,
 
 def _operands(spec: Spec, tile: Tile, tokens: _Tokens, dtype, layers: Layers):
     """The kernel's weights: as they are if it reads them once, else in the form the dots take."""
-    if tile.resident or tokens.tiles == tokens.programs:
+    if tokens.tiles == tokens.programs:
         return tuple(((w,), b) for w, b in layers)
     dots = spec.dots(dtype)
-    return tuple((dots.parts(w), b) for w, b in layers)
+    form = lambda i, w: (w,) if i < tile.resident else dots.parts(w)
+    return tuple((form(i, w), b) for i, (w, b) in enumerate(layers))
 
 
 def _whole(shape):
