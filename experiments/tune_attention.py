@@ -207,7 +207,7 @@ def kernel(name, x, scale=1.0):
         results = attention_forward.decode(q, k, x["z"], None, scale, True)
         return dict(zip(("y", "lse_n"), results, strict=True))
     if name == "dz":
-        rest = x["y"], x["lse_n"], x["dy"], scale, x["z"], x["lse_m"]
+        rest = x["y"], x["lse_n"], x["dy"], scale, x["z"], x["lse_m"], None
         return attention_backward.dz_merged(q, k, None, *rest)
     dq, dk, dv = attention_backward.gradients("shared", scale, None, x)
     if name == "dq":  # what is not returned is not run
