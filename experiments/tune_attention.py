@@ -1,7 +1,9 @@
 """Checks and times each kernel of the operator over a handful of block sizes, on one NVIDIA GPU.
 
     OUT=/tmp/out python -m experiments.tune_attention      about two and a half minutes on an H200
-    python -m experiments.tune_attention --budget 60       stop timing after 60 s
+    python -m experiments.tune_attention --seconds 60      stop timing after 60 s
+    python -m experiments.tune_attention --case 128,512,bfloat16 --candidates dz:64x128/4/2/16 ...
+        only these tiles (tokens x latents / warps / stages / waves), beside the table's
     FLARE_JAX_INTERPRET=1 python -m experiments.tune_attention --smoke      tiny sizes, any machine
 
 Kernels: encode (and its merge), decode, dz (and its merge), dkv (with dq where that fits), dq.
@@ -9,7 +11,8 @@ Every variant is first compared, by relative norm, with the XLA implementation i
 highest matmul precision, at a ragged number of tokens, and run twice: the bits must be equal. A
 variant that is wrong (nan is) is not timed. Large problems: median over several series of calls
 that follow each other, synchronised at their end. Small ones: calls chained in one jit, the last
-result added to q, which is one small kernel a call. Writes tune_attention.json to the folder $OUT.
+result added to q, which is one small kernel a call. Writes tune_attention.json to the folder
+--out ($OUT if not given) after every measurement.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import statistics
 import time
 
@@ -340,13 +344,24 @@ def median_ms(run, x, calls, series):
     return statistics.median(times) * 1e3
 
 
-def plan(case):
+def parse(candidates):
+    """[(kernel, Tile)] of "kernel:TOKENSxLATENTS/warps/stages/waves"."""
+    out = []
+    for text in candidates:
+        match = re.fullmatch(r"(\w+):(\d+)x(\d+)/(\d+)/(\d+)/(\d+)", text)
+        if match is None or match[1] not in KERNELS:
+            raise ValueError(f"--candidates: expected one of {KERNELS}:64x128/4/3/8, got {text!r}")
+        out.append((match[1], Tile(*map(int, match.groups()[1:]))))
+    return out
+
+
+def plan(case, choice=None):
     """[(kernel, table entry, Tile)]: for each kernel the table's choice, then the variants."""
     out, seen = [], set()
     shape = case.shape
     names = [k for k in KERNELS if k != "dq" or not tiles.fuses_dq(shape)]
     tables = [(k, tiles.TABLE[tiles.entry_for(k, shape)]) for k in names]
-    for name, tile in tables + variants(case):
+    for name, tile in tables + (variants(case) if choice is None else choice):
         entry = tiles.entry_for(name, shape)
         saved = tiles.TABLE[entry]
         tiles.TABLE[entry] = tile
@@ -369,10 +384,15 @@ def short(error):
 class Study:
     """Checks and times; collects the lines of the report."""
 
-    def __init__(self, clock, cases, features, smoke):
+    def __init__(self, clock, cases, features, smoke, choice, path):
         self.clock, self.cases, self.features, self.smoke = clock, cases, features, smoke
+        self.choice, self.path = choice, path
         self.ragged = 70 if smoke else 66_001
         self.programs, self.rows, self.lines, self.wants = Programs(), [], [], {}
+
+    def write(self):
+        result = dict(device=jax.devices()[0].device_kind, jax=jax.__version__, rows=self.rows)
+        self.path.write_text(json.dumps(result, indent=1))
 
     # -- compiling, the most important first; what is late is not compiled
 
@@ -409,7 +429,7 @@ class Study:
         x = jax.eval_shape(functools.partial(make_operands, case))
         self.programs.add(("operands", case), functools.partial(make_operands, case))
         y = jax.eval_shape(functools.partial(self.check_operands, small))
-        for name, entry, tile in plan(case):
+        for name, entry, tile in plan(case, self.choice):
             fn = functools.partial(kernel, name)
             self.programs.add(
                 ("check", case, name, tile), compared(fn), y, operands(name, y),
@@ -504,6 +524,7 @@ class Study:
         except Exception as error:  # out of shared memory, say: an answer, not a failure
             row["note"] = short(error)
         self.rows.append(row)
+        self.write()
         print(case.name(), name, row["tile"], row["ms"], row["note"], flush=True)
 
     def run_case(self, case):
@@ -516,7 +537,7 @@ class Study:
             self.lines.append(f"WRONG {case.name()}: operands: {short(error)}")
             return
         seen = set()
-        for name, _, tile in plan(case):
+        for name, _, tile in plan(case, self.choice):
             self.run_kernel(case, x, name, tile, name not in seen)
             seen.add(name)
         x = {name: x[name] for name in ("q", "k", "v", "dy")}
@@ -569,17 +590,27 @@ def smoke_sizes():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--budget", type=float, default=130.0, help="seconds, then stop timing")
+    parser.add_argument("--seconds", type=float, default=130.0, help="then stop timing")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for interpret mode")
+    parser.add_argument("--case", default="128,512,bfloat16", help="C,M,dtype of the candidates")
+    parser.add_argument("--candidates", nargs="+", help="kernel:TOKENSxLATENTS/warps/stages/waves")
+    parser.add_argument("--out", default=os.environ.get("OUT", "."), help="folder")
     args = parser.parse_args()
-    clock = Clock(args.budget)
+    choice = parse(args.candidates) if args.candidates else None
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    clock = Clock(args.seconds)
     device = jax.devices()[0]
     print(f"# {device.device_kind}, jax {jax.__version__}", flush=True)
     cases, features = smoke_sizes() if args.smoke else (CASES, FEATURES)
     if args.smoke:
         global CHAINED
         CHAINED = 2
-    study = Study(clock, cases, features, args.smoke)
+    if choice is not None:
+        c, m, dtype = args.case.split(",")
+        n = 4200 if args.smoke else LARGE
+        cases, features = [Case(n, int(c), int(m), dtype)], []
+    study = Study(clock, cases, features, args.smoke, choice, out / "tune_attention.json")
     study.lower()
     print(f"# {len(study.programs.futures)} programs compiled in {clock.now():.0f} s", flush=True)
     for case in cases:
@@ -588,10 +619,7 @@ def main():
         print(f"# {clock.now():.0f} s", flush=True)
     for case in features:
         study.check_whole(case)
-    out = pathlib.Path(os.environ.get("OUT", "."))
-    out.mkdir(parents=True, exist_ok=True)
-    result = dict(device=device.device_kind, jax=jax.__version__, rows=study.rows)
-    (out / "tune_attention.json").write_text(json.dumps(result, indent=1))
+    study.write()
     print("", *study.report(), f"# {clock.now():.0f} s", sep="\n")
 
 

@@ -1,11 +1,16 @@
 """Checks and times the residual MLP kernels over a handful of block sizes, on one NVIDIA GPU.
 
     OUT=/tmp/out python -m experiments.tune_mlp            under two minutes on an H100
-    python -m experiments.tune_mlp --budget 60             stop timing after 60 s
+    python -m experiments.tune_mlp --seconds 60            stop timing after 60 s
+    python -m experiments.tune_mlp --case 128,bfloat16 --candidates "1:128x8w/132p/1r4b" ...
+        only these plans, one a quoted word, written as the table at the end writes them, beside
+        the table's; with layers: in front segments of the backward, else tiles of the forward
+    python -m experiments.tune_mlp --tokens 300 ...        fewer tokens, for interpret mode
 
 Every variant is first compared, by relative norm, with float32 autodiff at the highest matmul
 precision (out, dx, each dW and db); a variant that is wrong is not timed. Times are medians per
-call, several calls chained in one jit, synchronised. Writes tune_mlp.json to the folder $OUT.
+call, several calls chained in one jit, synchronised. Writes tune_mlp.json to the folder --out
+($OUT if not given) after every measurement.
 """
 
 import argparse
@@ -14,6 +19,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import statistics
 import time
 
@@ -72,6 +78,39 @@ def variants():
     )  # fmt: skip
     add(128, F32, LARGE, [streamed(128, 8, 132)], [((1, streamed(64, 8, 132)),)])
     return out
+
+
+TILE = re.compile(r"(?:(\d+):)?(\d+)x(\d+)w/(\d+)p/(\d+)(s|r\d+)?(b)?")
+
+
+def parse(text):
+    """(layers or None, Tile) of each part of a plan as `describe` writes it."""
+    out = []
+    for part in text.split():
+        match = TILE.fullmatch(part)
+        if match is None:
+            raise ValueError(
+                f"--candidates: expected layers:TILExWARPSw/PROGRAMSp/..., got {part!r}"
+            )
+        layers, tile, warps, programs, stages, kept, bias = match.groups()
+        resident = 99 if kept is None else 0 if kept == "s" else int(kept[1:])
+        sizes = map(int, (tile, warps, programs, stages))
+        out.append((layers and int(layers), Tile(*sizes, resident=resident, bias=bias is None)))
+    return out
+
+
+def chosen(case, candidates, n):
+    """As `variants`: the plans named on the command line for one case "C,dtype"."""
+    width, name = case.split(",")
+    width, dtype = int(width), jnp.dtype(name)
+    base = plan_for(n, width, "native" if dtype == BF16 else "bf16x3")
+    plans = {"forward": [base], "both": [base]}
+    for parts in map(parse, candidates):
+        if parts[0][0] is None:
+            plans["forward"].append(Plan(parts[0][1], base.backward))
+        else:
+            plans["both"].append(Plan(base.forward, tuple(parts)))
+    return [(width, dtype, n, what, plan) for what in plans for plan in dict.fromkeys(plans[what])]
 
 
 # ------------------------------------------------------------------------- work ---
@@ -227,8 +266,16 @@ def reference_f32(x, layers, norm):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--budget", type=float, default=105.0, help="seconds, then stop timing")
-    budget = parser.parse_args().budget
+    parser.add_argument("--seconds", type=float, default=105.0, help="then stop timing")
+    parser.add_argument("--case", default="128,bfloat16", help="C,dtype of the candidates")
+    parser.add_argument("--candidates", nargs="+", default=[], help="plans")
+    parser.add_argument("--tokens", type=int, default=LARGE, help="of the candidates")
+    parser.add_argument("--out", default=os.environ.get("OUT", "."), help="folder")
+    args = parser.parse_args()
+    named = bool(args.candidates)
+    todo = chosen(args.case, args.candidates, args.tokens) if named else variants()
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     device = jax.devices()[0]
     lines, rows = [], []
@@ -241,7 +288,10 @@ def main():
         print(lines[-1], flush=True)
         rows.append(dict(check=name, state=state, errors=errs))
 
-    todo = variants()
+    def write():
+        result = dict(device=device.device_kind, jax=jax.__version__, rows=rows)
+        (out / "tune_mlp.json").write_text(json.dumps(result, indent=1))
+
     jobs = []
     for i, (width, dtype, n, what, plan) in enumerate(todo):
         calls = 4 if n == LARGE else 20
@@ -263,7 +313,7 @@ def main():
         if failed is not None:
             table.append((name, None, f"not compiled: {str(failed)[:110]}"))
             continue
-        if time.perf_counter() - begin > budget:
+        if time.perf_counter() - begin > args.seconds:
             table.append((name, None, "no time left"))
             continue
         small = min(n, RAGGED)
@@ -285,18 +335,20 @@ def main():
         rows.append(dict(width=width, dtype=jnp.dtype(dtype).name, n=n, what=what,
                          plan=describe(plan, what), ms=ms, errors=errs))  # fmt: skip
         print(name, f"{ms:.3f} ms", flush=True)
+        write()
     try:
-        check_features(report)
+        if not named:
+            check_features(report)
     except Exception as error:
         lines.append(f"WRONG features: {error}"[:300])
-    out = pathlib.Path(os.environ.get("OUT", "."))
-    out.mkdir(parents=True, exist_ok=True)
-    result = dict(device=device.device_kind, jax=jax.__version__, rows=rows)
-    (out / "tune_mlp.json").write_text(json.dumps(result, indent=1))
+    write()
 
     print("\n# checks", *lines, sep="\n")
-    print("\n# ms a call (tile x warps / programs / stages; s: weights streamed, b: biases too)")
-    for name, ms, note in sorted(table, key=lambda r: r[0].split()[:4]):
+    print(
+        "\n# ms a call (tile x warps / programs / stages; s: weights streamed, rK: but K layers')"
+    )
+    print("# b: biases streamed); fastest first")
+    for name, ms, note in sorted(table, key=lambda r: (r[0].split()[:4], r[1] or 1e9)):
         print(f"{name:88s} {'-' if ms is None else format(ms, '.4f'):>8s}  {note}")
     print(f"# {time.perf_counter() - begin:.0f} s")
 
