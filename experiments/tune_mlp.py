@@ -4,7 +4,8 @@
     python -m experiments.tune_mlp --seconds 60            stop timing after 60 s
     python -m experiments.tune_mlp --case 128,bfloat16 --candidates "1:128x8w/132p/1r4b" ...
         only these plans, one a quoted word, written as the table at the end writes them, beside
-        the table's; with layers: in front segments of the backward, else tiles of the forward
+        the table's; with layers: in front segments of the backward (0: the norm's), else tiles of
+        the forward; with --norm LayerNorm and skip are part of it
     python -m experiments.tune_mlp --tokens 300 ...        fewer tokens, for interpret mode
 
 Every variant is first compared, by relative norm, with float32 autodiff at the highest matmul
@@ -36,11 +37,11 @@ TOLERANCE = {"native": 2e-2, "bf16x3": 2e-4, "ieee": 1e-5}
 
 
 def forward(base, *tiles):
-    return [Plan(tile, base.backward) for tile in tiles]
+    return [Plan(tile, base.backward, base.norm) for tile in tiles]
 
 
 def backward(base, *segments):
-    return [Plan(base.forward, s) for s in segments]
+    return [Plan(base.forward, s, base.norm) for s in segments]
 
 
 def variants():
@@ -107,9 +108,11 @@ def chosen(case, candidates, n):
     plans = {"forward": [base], "both": [base]}
     for parts in map(parse, candidates):
         if parts[0][0] is None:
-            plans["forward"].append(Plan(parts[0][1], base.backward))
+            plans["forward"].append(Plan(parts[0][1], base.backward, base.norm))
         else:
-            plans["both"].append(Plan(base.forward, tuple(parts)))
+            norm = next((tile for layers, tile in parts if layers == 0), None)
+            segments = tuple(part for part in parts if part[0])
+            plans["both"].append(Plan(base.forward, segments, norm))
     return [(width, dtype, n, what, plan) for what in plans for plan in dict.fromkeys(plans[what])]
 
 
@@ -166,15 +169,15 @@ def passes(errs, tolerance):
 def repeated(f, what, calls):
     """`calls` calls of f, or of f and its derivative, each on what the last one returned."""
 
-    def once(x, layers):
+    def once(x, weights):
         if what == "forward":
-            return f(x, layers)
-        out, vjp = jax.vjp(f, x, layers)
-        dx, grads = vjp(out)
+            return f(x, *weights)
+        out, vjp = jax.vjp(f, x, *weights)
+        dx, *grads = vjp(out)
         # with the weights' gradients, which would not be computed otherwise
         return dx + sum(g.ravel()[0] for g in jax.tree.leaves(grads)).astype(dx.dtype) * 0
 
-    return lambda x, layers: jax.lax.fori_loop(0, calls, lambda _, x: once(x, layers), x)
+    return lambda x, *weights: jax.lax.fori_loop(0, calls, lambda _, x: once(x, weights), x)
 
 
 def median_ms(compiled, args, calls, repeats=15):
@@ -196,7 +199,8 @@ def describe(plan, what):
 
     if what == "forward":
         return tile(plan.forward)
-    return " ".join(f"{n}:{tile(t)}" for n, t in plan.backward)
+    norm = [(0, plan.norm)] if plan.norm else []
+    return " ".join(f"{n}:{tile(t)}" for n, t in [*plan.backward, *norm])
 
 
 def compile_all(jobs):
@@ -217,10 +221,6 @@ def kernel(plan, **kwargs):
     return lambda x, layers, *norm: mlp.residual_mlp(
         x, layers, plan=plan, norm=norm[0] if norm else None, **kwargs
     )
-
-
-def shapes(tree):
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
 def check_features(report):
@@ -269,6 +269,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=105.0, help="then stop timing")
     parser.add_argument("--case", default="128,bfloat16", help="C,dtype of the candidates")
     parser.add_argument("--candidates", nargs="+", default=[], help="plans")
+    parser.add_argument("--norm", action="store_true", help="with LayerNorm and skip")
     parser.add_argument("--tokens", type=int, default=LARGE, help="of the candidates")
     parser.add_argument("--out", default=os.environ.get("OUT", "."), help="folder")
     args = parser.parse_args()
@@ -293,15 +294,21 @@ def main():
         (out / "tune_mlp.json").write_text(json.dumps(result, indent=1))
 
     jobs = []
+
+    def problem(n, width, dtype, **options):
+        x, layers, norm, dy = inputs(n, width, dtype, **options)
+        return dy, x, layers, *([norm] if args.norm else [])
+
     for i, (width, dtype, n, what, plan) in enumerate(todo):
         calls = 4 if n == LARGE else 20
-        x, layers, _, dy = jax.eval_shape(functools.partial(inputs, n, width, dtype))
-        jobs.append((("time", i), repeated(kernel(plan), what, calls), (x, layers)))
+        f = kernel(plan, skip=args.norm)
+        _, *shapes = jax.eval_shape(functools.partial(problem, n, width, dtype))
+        jobs.append((("time", i), repeated(f, what, calls), shapes))
         small = min(n, RAGGED)
-        x, layers, _, dy = jax.eval_shape(functools.partial(inputs, small, width, dtype))
+        shapes = jax.eval_shape(functools.partial(problem, small, width, dtype))
         if (("check", plan, width, dtype)) not in [j[0] for j in jobs]:
-            fn = functools.partial(value_and_grads, kernel(plan))
-            jobs.append((("check", plan, width, dtype), fn, (dy, x, layers)))
+            fn = functools.partial(value_and_grads, f)
+            jobs.append((("check", plan, width, dtype), fn, shapes))
     compiled = compile_all(jobs)
     print(f"# {len(jobs)} programs compiled in {time.perf_counter() - begin:.0f} s", flush=True)
 
@@ -317,20 +324,20 @@ def main():
             table.append((name, None, "no time left"))
             continue
         small = min(n, RAGGED)
-        x, layers, _, dy = inputs(small, width, dtype)
+        given = problem(small, width, dtype)
         if (width, dtype, small) not in wants:
-            plain = functools.partial(value_and_grads, reference)
+            plain = functools.partial(reference, skip=args.norm)
+            exact = [x.astype(F32) for x in given[:2]]
             with jax.default_matmul_precision("highest"):
-                want = jax.jit(plain)(dy.astype(F32), x.astype(F32), layers)
+                want = jax.jit(functools.partial(value_and_grads, plain))(*exact, *given[2:])
             wants[width, dtype, small] = want
-        errs = errors(check(dy, x, layers), wants[width, dtype, small])
+        errs = errors(check(*given), wants[width, dtype, small])
         precision = "native" if dtype == BF16 else "bf16x3"
         if not passes(errs, TOLERANCE[precision]):
             report(name, errs, TOLERANCE[precision])
             table.append((name, None, "WRONG"))
             continue
-        x, layers, _, _ = inputs(n, width, dtype, scale=0.1)
-        ms = median_ms(timed, (x, layers), 4 if n == LARGE else 20)
+        ms = median_ms(timed, problem(n, width, dtype, scale=0.1)[1:], 4 if n == LARGE else 20)
         table.append((name, ms, f"worst error {max(errs.values()):.1e}"))
         rows.append(dict(width=width, dtype=jnp.dtype(dtype).name, n=n, what=what,
                          plan=describe(plan, what), ms=ms, errors=errs))  # fmt: skip

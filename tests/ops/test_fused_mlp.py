@@ -104,7 +104,7 @@ def test_table_covers_every_case():
         for precision in ("native", "bf16x3", "ieee"):
             for tokens in (100, 10**6):
                 plan = mlp.plan_for(tokens, width, precision)
-                cuts = [s[:2] for s in mlp.segments(5, plan.backward)]
+                cuts = [s[:2] for s in mlp.segments(5, plan, normed=False)]
                 assert cuts[0][1] == 5
                 assert cuts[-1][0] == 0
 
@@ -224,7 +224,7 @@ def test_lowers_for_cuda_without_a_gpu(width, dtype, tokens):
 
     with h100():
         text = jax.jit(f).trace(x, layers, norm).lower(lowering_platforms=("cuda",)).as_text()
-    segments = len(mlp.segments(5, mlp.plan_for(tokens, width, "native").backward))
+    segments = len(mlp.segments(5, mlp.plan_for(tokens, width, "native"), normed=True))
     assert text.count("triton") >= 1 + min(segments, 1)
 
 

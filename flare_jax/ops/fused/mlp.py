@@ -62,6 +62,7 @@ class Plan:
     backward: tuple[
         tuple[int, Tile], ...
     ]  # (layers, Tile) a segment, from the last; the end repeats
+    norm: Tile | None = None  # the norm's backward in a kernel of its own, else in the last segment
 
 
 def streamed(tile: int, warps: int, programs: int) -> Tile:
@@ -80,6 +81,7 @@ PLANS = {
             (1, Tile(128, 8, 132, stages=1, resident=4, bias=False)),
             (1, Tile(128, 8, 132, stages=1, bias=False)),
         ),
+        norm=Tile(32, 4, 528, stages=1),
     ),
     (32, "bf16x3"): Plan(Tile(64, 4, 528, bias=False), ((3, Tile(64, 4, 264)),)),
     (64, "bf16x3"): Plan(Tile(64, 4, 264, bias=False), ((2, Tile(64, 4, 264)),)),
@@ -139,14 +141,16 @@ class Dots:
         """x, about to be a product's transposed operand."""
         return x if self.interpret else tuple(map(once, x))
 
-    def column_sums(self, x, start: jax.Array) -> jax.Array:
-        """start [C, ONES] + the sum of x's rows in each column: no shuffles, unlike a reduction.
+    def column_sums(self, x, start: jax.Array, transposed: bool = False) -> jax.Array:
+        """start [ONES, C] + the sum of x's rows in each row: no shuffles, unlike a reduction.
 
-        x, from `transposed`, is the left operand, as in the product for dW^T: one copy serves both.
+        transposed: of start, and x comes from `transposed`. Beside dW^T, whose left operand x is
+        then too, this saves a copy of x in shared memory.
         """
         ones = jnp.ones((x[0].shape[0], ONES), x[0].dtype)
         for part in reversed(x):
-            start = self.dot((part,), (ones,), 0, 0, start)
+            a, b = (part, ones) if transposed else (ones, part)
+            start = self.dot((a,), (b,), 0, 0, start)
         return start
 
 
@@ -300,12 +304,12 @@ def _forward_kernel(
 
 def _backward_kernel(
     x_ref, g_ref, skip_ref, add_ref, norm_refs, layers, projection, dx_ref, dw_ref, dy_ref,
-    *, spec: Spec, first: int, tile: Tile, tokens: _Tokens,
+    *, spec: Spec, first: int, bottom: bool, tile: Tile, tokens: _Tokens,
 ):  # fmt: skip
-    """Layers first .. len(layers) - 1, of which the last may be the MLP's last.
+    """Layers first .. len(layers) - 1, of which the last may be the MLP's last; may be none.
 
     g_ref: the gradient at the last layer's output. dx_ref: at the first one's input. dw_ref: the
-    partial sums of `_unpack`. Only where first is 0: skip_ref, the gradient of the MLP's output,
+    partial sums of `_unpack`. Only at the bottom: skip_ref, the gradient of the MLP's output,
     if the skip needs it; add_ref, a gradient of x to add; norm_refs; projection, (y_ref, its
     layer) or (), with dy_ref, the gradient of y. 16-bit recomputed activations are rounded between
     layers, as the products see them: in float32 they would not fit into registers beside dW.
@@ -349,16 +353,16 @@ def _backward_kernel(
             # dW^T, not dW: what feeds the transposed operand may be computed twice, and dh is short
             dht = dots.transposed(dh)
             dw = dots.dot(dht, inputs[i], 0, 0, dw)
-            new.append((dw, dots.column_sums(dht, db)))
+            new.append((dw, dots.column_sums(dht, db, transposed=True)))
             g = layers[i].transposed(dh, g)
         sums = (*reversed(new), *sums[len(own) :])
 
-        if first == 0:
+        if bottom:
             if norm:  # the partial sums of its scale and bias too
                 x = _load(x_ref, rows, mask).astype(jnp.float32)
                 x, rstd = _normalise(x, spec.epsilon)
                 norm_sums = tuple(
-                    dots.column_sums(dots.transposed(dots.parts(part)), total)
+                    dots.column_sums(dots.parts(part), total)
                     for part, total in zip((g * x, g), norm_sums, strict=True)
                 )
                 g = g * rows_of(norm[0])
@@ -373,17 +377,17 @@ def _backward_kernel(
                 y = dots.parts(_load(projection[0], rows, mask))
                 dht = dots.transposed(dh)
                 dw = dots.dot(dht, y, 0, 0, dw)
-                sums = (*sums[:-1], (dw, dots.column_sums(dht, db)))
+                sums = (*sums[:-1], (dw, dots.column_sums(dht, db, transposed=True)))
                 _store(dy_ref, rows, mask, project.transposed(dh, jnp.zeros_like(g)))
         _store(dx_ref, rows, mask, g)
         return sums, norm_sums
 
     zero = jnp.zeros((width, width), jnp.float32), jnp.zeros((width, ONES), jnp.float32)
-    norm_zero = (zero[1], zero[1]) if norm and first == 0 else ()
+    norm_zero = (zero[1].T, zero[1].T) if norm and bottom else ()
     sums, norm_sums = tokens.loop(body, ((zero,) * (len(own) + bool(projection)), norm_zero))
     row = 0
-    for block in (*sums, norm_sums):
-        for value in (total.T for total in block):
+    for block in (*((dw.T, db.T) for dw, db in sums), norm_sums):
+        for value in block:
             dw_ref[pl.ds(row, len(value)), :] = value
             row += len(value)
 
@@ -439,23 +443,27 @@ def _forward(spec: Spec, keep: bool, x, norm, sets, projection):
     return call(x, norm, tuple(map(operands, sets)), projection)
 
 
-def segments(layers: int, backward) -> list[tuple[int, int, Tile]]:
+def segments(layers: int, plan: Plan, normed: bool) -> list[tuple[int, int, Tile]]:
     """[(first, end, Tile), ...] of the backward kernels, last segment first."""
     cuts, end = [], layers
     while end:
-        length, tile = backward[min(len(cuts), len(backward) - 1)]
+        length, tile = plan.backward[min(len(cuts), len(plan.backward) - 1)]
         first = max(0, end - length)
         cuts.append((first, end, tile))
         end = first
-    return cuts
+    return [*cuts, (0, 0, plan.norm)] if normed and plan.norm else cuts
 
 
-def _segment(spec: Spec, tile: Tile, first: int, end: int, x, g, skip, add, norm, layers, proj):
+def _segment(
+    spec: Spec, tile: Tile, first: int, end: int, bottom: bool, x, g, skip, add, norm, layers, proj
+):
     """dx, dy, and the sums of `_unpack` of layers first .. end - 1, and of `proj` and the norm."""
     tokens = _Tokens(*x.shape, tile)
     width, count = x.shape[1], end - first + bool(proj)
-    kernel = functools.partial(_backward_kernel, spec=spec, first=first, tile=tile, tokens=tokens)
-    rows = count * (width + ONES) + (2 * ONES if spec.normed and first == 0 else 0)
+    kernel = functools.partial(
+        _backward_kernel, spec=spec, first=first, bottom=bottom, tile=tile, tokens=tokens
+    )
+    rows = count * (width + ONES) + (2 * ONES if spec.normed and bottom else 0)
     sums = jax.ShapeDtypeStruct((tokens.programs, rows, width), jnp.float32)
     array, block = jax.ShapeDtypeStruct(x.shape, x.dtype), _whole(x.shape)
     call = _call(
@@ -484,11 +492,13 @@ def _unpack(sums: jax.Array, count: int) -> tuple[list, tuple]:
 def _backward(spec: Spec, x, norm, layers, projection, dout, add=None):
     """(dx + add, dnorm, dlayers, dprojection) of one MLP; x after the projection."""
     g, dlayers = dout, []
-    for first, end, tile in segments(spec.layers, spec.plan.backward):
-        bottom = first == 0
+    cuts = segments(spec.layers, spec.plan, spec.normed)
+    for cut in cuts:
+        first, end, tile = cut
+        bottom = cut == cuts[-1]
         proj = projection if bottom else ()
         g, dy, sums = _segment(
-            spec, tile, first, end, x, g, dout if spec.skip and bottom else None,
+            spec, tile, first, end, bottom, x, g, dout if spec.skip and bottom else None,
             add if bottom else None, norm, layers, proj,
         )  # fmt: skip
         grads, dnorm = _unpack(sums, end - first + bool(proj))
