@@ -77,10 +77,7 @@ PLANS = {
     ),
     (128, "native"): Plan(
         Tile(128, 8, 132, bias=False),
-        (
-            (1, Tile(128, 8, 132, stages=1, resident=4, bias=False)),
-            (1, Tile(128, 8, 132, stages=1, bias=False)),
-        ),
+        ((1, Tile(128, 8, 132, stages=1, resident=4, bias=False)),),
         norm=Tile(32, 4, 528, stages=1),
     ),
     (32, "bf16x3"): Plan(Tile(64, 4, 528, bias=False), ((3, Tile(64, 4, 264)),)),
