@@ -50,9 +50,7 @@ class Tile:
     warps: int
     programs: int
     stages: int = 2
-    resident: int = (
-        99  # layers whose weights stay in shared memory; others' come from L2 every tile
-    )
+    resident: int = 99  # the first layers' weights stay in shared memory, others' come from L2
     bias: bool = True  # biases stay in registers, else they come from L1 with every tile
 
 
@@ -490,9 +488,8 @@ def _backward(spec: Spec, x, norm, layers, projection, dout, add=None):
     """(dx + add, dnorm, dlayers, dprojection) of one MLP; x after the projection."""
     g, dlayers = dout, []
     cuts = segments(spec.layers, spec.plan, spec.normed)
-    for cut in cuts:
-        first, end, tile = cut
-        bottom = cut == cuts[-1]
+    for number, (first, end, tile) in enumerate(cuts, 1):
+        bottom = number == len(cuts)
         proj = projection if bottom else ()
         g, dy, sums = _segment(
             spec, tile, first, end, bottom, x, g, dout if spec.skip and bottom else None,
