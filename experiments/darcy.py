@@ -6,8 +6,8 @@
     python -m experiments.darcy --smoke --out FILE         # tiny, on any machine
 
 A shorter run is the whole recipe, its learning rate schedule included, over fewer epochs. The run
-and its figure go into a folder beside the record. Validation chooses the parameters called `best`;
-the test samples measure and choose nothing.
+goes into a folder beside the record. One that a signal stops says how far it came. Validation
+chooses the parameters called `best`; the test samples measure and choose nothing.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import jax
 
-from experiments.records import command
+from experiments.records import command, history
 from flare_jax.problems import darcy
 from flare_jax.solvers import darcy as solver
 from flare_jax.train.config import Config, Precision, preset
-from flare_jax.train.loop import fit
+from flare_jax.train.loop import Interrupted, fit
 
 PAPER = 5.10e-3  # test rel-L2 of FLARE in its paper, on the published files
 SAMPLES = 1200  # of the published split
@@ -91,11 +91,24 @@ def main(arguments=None) -> dict:
         print(json.dumps(record["generation"]), flush=True)
     if args.epochs:
         folder = args.out.with_suffix("")
-        record["result"] = fit(darcy.load(config.problem), config, folder)
-        show(record)
+        try:
+            record["result"] = fit(darcy.load(config.problem), config, folder)
+            show(record)
+        except Interrupted as stopped:
+            print(stopped)
+        record |= progress(folder)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     return record
+
+
+def progress(folder: Path) -> dict:
+    """How far a run came, and its validation errors on the way."""
+    curves = history(folder)
+    return {
+        "epochs_done": float(curves["epoch"][-1]),
+        "history": {name: a.tolist() for name, a in curves.items()},
+    }
 
 
 def show(record: dict) -> None:

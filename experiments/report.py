@@ -37,17 +37,18 @@ def published() -> dict:
 
 def report(records: dict[str, dict], published: dict) -> str:
     """The page: one section for each published table or figure, then our own, then the rest."""
-    left, parts = dict(records), [INTRODUCTION]
+    left, sections = dict(records), [INTRODUCTION]
     for title, belongs, write in SECTIONS:
-        mine = {name: left.pop(name) for name in list(left) if belongs(name, records[name])}
+        mine = {name: record for name, record in records.items() if belongs(name, record)}
+        left = {name: record for name, record in left.items() if name not in mine}
         if mine or title in ALWAYS:
-            parts.append(f"## {title}\n\n{write(mine, published)}")
+            sections.append(f"## {title}\n\n{write(mine, published)}")
     if left:
         lines = [
             f"- [{name}](results/{name}.json): {about(record)}" for name, record in left.items()
         ]
-        parts.append("## Further records\n\n" + "\n".join(lines) + "\n")
-    return "\n".join(parts)
+        sections.append("## Further records\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(sections)
 
 
 # ----------------------------------------------------------------------- markdown ---
@@ -140,6 +141,74 @@ def run_cells(name: str, run: dict | None, metric: str = "rel_l2") -> list[str]:
     sizes = model["channel_dim"], model["num_blocks"], model["num_latents"], heads
     mean = error(run.get(f"mean_predictor_{metric}"))
     return [*cells, mean, f"{run['parameters']:,}", ", ".join(map(str, sizes)), name]
+
+
+def runs_in_time(records: dict, published: dict) -> str:
+    """Training runs with their validations: how far they came and how long it took."""
+    rows, lines = [], []
+    for name, r in records.items():
+        lines.append(f"- {source(name, r).strip()}{note(r)}")
+        if g := r.get("generation"):
+            lines[-1] += f". {g['samples']:,} samples on a grid of {g['grid']} took "
+            lines[-1] += f"{g['seconds']:.3g} s, {g['first']:.3g} s with compilation"
+        if "history" not in r:
+            continue
+        h = r["history"]
+        epochs, seconds = ([0.0, *h[key]] for key in ("epoch", "seconds"))
+        pace = (seconds[-1] - seconds[1]) / (epochs[-1] - epochs[1]) if len(epochs) > 2 else None
+        reach = r.get("seconds_to_reach", {}).get("valid_ema", {})
+        rows.append([name, f"{len(r['seeds'])}", f"{r['epochs_done']:g} of {r['epochs']}"])
+        rows[-1] += [number(pace), number(seconds[-1], ".0f")]
+        rows[-1] += [number(reach.get(goal), ".0f") for goal in ("0.01", "0.005", "0.0034")]
+        rows[-1] += [error(sum(h[k][-1]) / len(h[k][-1])) for k in ("valid", "valid_ema")]
+    head = ["", "seeds", "epochs", "s an epoch", "s of steps"]
+    head += [f"s to {goal}" for goal in ("1 %", "0.5 %", "0.34 %")]
+    head += ["validation rel-L2 × 10³", "running average"]
+    text = "Seconds to an error: until the running average's validation error is at or below it."
+    return text + "\n\n" + table(head, rows) + "\n" + "\n".join(lines) + "\n"
+
+
+def note(record: dict) -> str:
+    return f". {record['note']}" if "note" in record else ""
+
+
+def parts(records: dict, published: dict) -> str:
+    """Generated parts of powder bed fusion beside the published set."""
+    text = ""
+    for name, r in records.items():
+        keys = ("mean", "std", "min", "median", "max")
+        rows = [
+            [f"{row['quantity']}, {who}", *(number(row[who].get(key)) for key in keys)]
+            for row in r["rows"]
+            for who in ("published", "ours")
+        ]
+        why = ", ".join(f"{n} {reason}" for reason, n in r["rejected"].items())
+        text += table([r["size"], *keys], rows)
+        text += f"\n{r['parts']} of {r['asked']} parts, {r['parts_per_second']:.2f} a second, "
+        text += f"{r['parts_per_second_last_half']:.2f} in the last half, which compiles little; "
+        text += f"rejected: {why}.\n"
+        text += source(name, r) + picture(name)
+    return text
+
+
+def many_devices(records: dict, published: dict) -> str:
+    text = ""
+    for name, r in records.items():
+        head = ["step", "remat", "scan", "devices", "ms", "GB a device", "bytes a point"]
+        rows = [
+            [f"C={x['C']} M={x['M']} N={x['N']:,}", *(str(x[k]) for k in ("remat", "scan"))]
+            + [str(x["devices"]), number(x.get("ms")), number(x.get("bytes"), ".3g", 1e-9)]
+            + [number(x.get("bytes_per_point"))]
+            for x in r["rows"]
+        ]
+        text += table(head, rows) + "\n"
+        rows = [
+            [f"{x['kind']}, C={x['C']}, N={x['N on one']:,} on one", f"{x['devices']}"]
+            + [number(x["time"]), number(x["memory"])]
+            for x in r["scaling"]
+        ]
+        text += table(["efficiency", "devices", "time", "memory"], rows) + source(name, r)
+    return text
 
 
 def ablations(records: dict, published: dict) -> str:
@@ -307,13 +376,16 @@ Belongs = Callable[[str, dict], bool]
 named = lambda prefix: lambda name, record: name.startswith(prefix)
 SECTIONS: list[tuple[str, Belongs, Callable[[dict, dict], str]]] = [
     ("Surrogates", lambda name, record: training(record) is not None, surrogates),
+    ("Training, in time", lambda n, r: bool({"history", "generation"} & r.keys()), runs_in_time),
     ("Ablations on elasticity", named("ablations"), ablations),
+    ("Generated parts of powder bed fusion", named("lpbf_parts"), parts),
     ("Beside a Fourier neural operator, 16 × 16 nodes", named("darcy_16"), darcy_16),
     (
         "Time and memory of one layer",
         lambda n, r: n.split("_")[0] == "scaling" and "devices" not in n,
         scaling,
     ),
+    ("One device and many", named("scaling_devices"), many_devices),
     ("Benchmark", named("benchmark"), benchmark),
     ("Spectra of the mixing matrices", named("spectrum"), spectra),
     ("Conditioning and errors", named("conditioning"), conditioning),

@@ -14,6 +14,9 @@ dv the exact parts of the whole.
 Padding, of tokens for the splits or by a mask, is one more column of the head: latents hold a 1
 there and padded tokens a large negative number, so that their weight is exactly zero. Head widths
 are padded to a multiple of 8.
+
+Where tokens' scores spread over hundreds, or one token takes all the weight, dk was NaN on an H100
+(experiments/README.md, conditioning): the kernels of `fused` and the XLA path are finite there.
 """
 
 import jax

@@ -23,7 +23,7 @@ IMPLEMENTATIONS = [
 # name: (B, N, M, H, D, masked)
 CASES = {
     "plain": (2, 40, 8, 2, 8, False),
-    "ragged": (1, 37, 16, 3, 4, False),
+    "ragged": (1, 37, 16, 4, 4, False),
     "masked": (3, 41, 8, 2, 16, True),
     "one_token": (2, 1, 8, 1, 8, False),
     "one_latent": (1, 33, 1, 2, 32, True),

@@ -19,11 +19,11 @@ CASES = {
     "two_heads_a_group": (1, 100, 20, 2, 8, False, "float32", 0.7),
     "masked_bfloat16": (3, 70, 16, 2, 16, True, "bfloat16", 1.0),
     "four_heads_a_group": (1, 64, 8, 4, 4, False, "bfloat16", 1.0),
-    "odd_heads": (2, 41, 5, 3, 4, True, "float32", 0.5),
+    "odd_heads": (2, 41, 5, 3, 16, True, "float32", 0.5),
     "float16": (1, 50, 16, 1, 32, False, "float16", 0.3),
     "wide_heads": (1, 40, 8, 1, 64, True, "float32", 0.2),
     "many_latents": (1, 40, 300, 1, 16, True, "float32", 0.7),
-    "one_token": (2, 1, 8, 1, 8, False, "float32", 0.7),
+    "one_token": (2, 1, 8, 2, 8, False, "float32", 0.7),
     "one_latent": (1, 33, 1, 2, 8, False, "float32", 0.7),
     "spread": (1, 80, 24, 2, 8, True, "float32", 30.0),  # scores over hundreds of nats
     "spread_many_latents": (1, 30, 270, 1, 16, False, "float32", 25.0),
@@ -199,6 +199,7 @@ def test_large_float16_gradients_do_not_overflow():
     [
         (jnp.zeros((4, 2, 12)), jnp.zeros((1, 8, 2, 12)), "head width"),
         (jnp.zeros((4, 2, 8), int), jnp.zeros((1, 8, 2, 8), int), "dtype"),
+        (jnp.zeros((4, 2, 4)), jnp.zeros((1, 8, 2, 4)), "multiple of 4 heads"),
     ],
 )
 def test_unsupported_arguments_are_refused_with_the_reason(q, k, message):

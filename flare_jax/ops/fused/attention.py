@@ -39,6 +39,11 @@ def supports(q, k, v, mask) -> None:
         raise NotImplementedError(f"kernels need a dtype of {DTYPES}, got q {q.dtype}, k {k.dtype}")
     if q.shape[-1] not in WIDTHS:
         raise NotImplementedError(f"kernels need a head width of {WIDTHS}, got {q.shape[-1]}")
+    heads, width = q.shape[-2:]
+    if heads % max(1, 16 // width):  # they fill 16 columns: less, and tensor cores err
+        raise NotImplementedError(
+            f"kernels need a multiple of {16 // width} heads of width {width}, got {heads}"
+        )
     if interpreted():
         return
     device = jax.devices()[0]
