@@ -81,7 +81,7 @@ def main(arguments=None) -> dict:
         "device": device.device_kind,
         "versions": {name: version(name) for name in ("jax", "flax", "optax")},
         "date": datetime.date.today().isoformat(),
-        "epochs": config.train.epochs,
+        "epochs": config.train.epochs if args.epochs else 0,
         "precision": args.precision,
         "seeds": list(range(args.seeds)),
         "paper_test_rel_l2": PAPER,

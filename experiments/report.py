@@ -77,7 +77,7 @@ def about(record: dict) -> str:
     """Command, hardware, precision, seeds, time and versions, as far as the record says them."""
     parts = [f"`{record['command'].strip()}`"] if "command" in record else []
     parts += [f"data {record['data']}"] if "data" in record else []
-    parts += [f"{record['epochs']} epochs"] if "epochs" in record else []
+    parts += [f"{record['epochs']} epochs"] if record.get("epochs") else []
     parts += [str(record[name]) for name in ("device", "precision") if name in record]
     if "seeds" in record:
         parts.append("seeds " + ", ".join(map(str, record["seeds"])))
@@ -149,7 +149,7 @@ def runs_in_time(records: dict, published: dict) -> str:
     for name, r in records.items():
         lines.append(f"- {source(name, r).strip()}{note(r)}")
         if g := r.get("generation"):
-            lines[-1] += f". {g['samples']:,} samples on a grid of {g['grid']} took "
+            lines[-1] += f"; {g['samples']:,} samples on a grid of {g['grid']} took "
             lines[-1] += f"{g['seconds']:.3g} s, {g['first']:.3g} s with compilation"
         if "history" not in r:
             continue
@@ -169,7 +169,7 @@ def runs_in_time(records: dict, published: dict) -> str:
 
 
 def note(record: dict) -> str:
-    return f". {record['note']}" if "note" in record else ""
+    return f"; {record['note']}" if "note" in record else ""
 
 
 def parts(records: dict, published: dict) -> str:

@@ -294,7 +294,7 @@ def cell(row: dict) -> str:
 
 def figure(path: Path, rows: list[dict]) -> None:
     """Time and memory against N; colour says which layer, dashes how many latents."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.2), layout="constrained")
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     dashes = dict(zip(sorted({row["M"] or 0 for row in rows}), ("-", "-", "--", ":"), strict=False))
     for key, axis, title, factor in (
@@ -309,7 +309,8 @@ def figure(path: Path, rows: list[dict]) -> None:
                 axis.loglog(x, y, dashes[line[0]["M"] or 0], marker=".", color=colour, label=name)
         axis.set(xlabel="points N", title=f"{title}, forward and backward")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="x-small")
+    handles, labels_ = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels_, loc="outside right upper", fontsize="x-small")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
