@@ -21,7 +21,15 @@ from flare_jax.data.meshes import write_mesh
 from flare_jax.ops.flare import DEFAULT, IMPLEMENTATIONS
 from flare_jax.ops.fused import mlp
 from flare_jax.plots import prediction_figure, spectra_figure
-from flare_jax.predict import CHUNK, Surrogate, Which, load_run, one_sample, test_errors
+from flare_jax.predict import (
+    CHUNK,
+    Surrogate,
+    Which,
+    load_data,
+    load_run,
+    one_sample,
+    test_errors,
+)
 from flare_jax.problems.mesh import fields_of
 from flare_jax.problems.problem import buckets_of, count_of
 from flare_jax.solvers.darcy import ConvergenceError
@@ -107,18 +115,21 @@ def train(argv: list[str]) -> None:
 def evaluate(argv: list[str]) -> None:
     """Test error of a run's parameters."""
 
-    def run_and_choice(run: Run, which: Which = "best") -> tuple[Path, str]:
+    def arguments(
+        run: Run, which: Which = "best", cache: Path | None = None
+    ) -> tuple[Path, str, Path | None]:
         """Prints the test error.
 
         Args:
             run: folder of a training run.
             which: parameters best on validation, the last ones, or their running average.
+            cache: folder of generated samples, as in training; None: the default one.
         """
-        return run, which
+        return run, which, cache
 
-    folder, which = tyro.cli(run_and_choice, prog="flare-jax evaluate", args=argv)
+    folder, which, cache = tyro.cli(arguments, prog="flare-jax evaluate", args=argv)
     surrogate = load_run(folder, which)
-    data = PROBLEMS[surrogate.problem][0].load(surrogate.config.problem)
+    data = load_data(surrogate, cache)
     errors = test_errors(surrogate, data)
     console.print(
         f"test rel-L2 ({which}): {errors.mean():.5f}, median {np.median(errors):.5f}, "
@@ -201,8 +212,12 @@ def spectrum(argv: list[str]) -> None:
     """What the mixers of a run learned: eigenvalues of every block and head."""
 
     def arguments(
-        run: Run, samples: int = 4, out: Path | None = None, which: Which = "best"
-    ) -> tuple[Path, int, Path, str]:
+        run: Run,
+        samples: int = 4,
+        out: Path | None = None,
+        which: Which = "best",
+        cache: Path | None = None,
+    ) -> tuple[Path, int, Path, str, Path | None]:
         """Prints a table, writes all eigenvalues as spectrum.json and draws spectrum.png.
 
         Args:
@@ -210,12 +225,13 @@ def spectrum(argv: list[str]) -> None:
             samples: how many test samples, from the first; of meshes, in the fullest bucket.
             out: folder for the two files; None: that of the run.
             which: parameters best on validation, the last ones, or their running average.
+            cache: folder of generated samples, as in training; None: the default one.
         """
-        return run, samples, out or run, which
+        return run, samples, out or run, which, cache
 
-    folder, samples, out, which = tyro.cli(arguments, prog="flare-jax spectrum", args=argv)
+    folder, samples, out, which, cache = tyro.cli(arguments, prog="flare-jax spectrum", args=argv)
     surrogate = load_run(folder, which)
-    data = PROBLEMS[surrogate.problem][0].load(surrogate.config.problem)
+    data = load_data(surrogate, cache)
     test = max(buckets_of(data.test), key=lambda split: len(split.x))
     if not 1 <= samples <= len(test.x):
         raise ValueError(f"samples must be 1 to {len(test.x)} test samples, got {samples}")

@@ -126,6 +126,24 @@ def load_run(folder: Path | str, which: Which = "best") -> Surrogate:
     return Surrogate(problem, config, apply, params, x_norm, y_norm, *names, fields["points"])
 
 
+def load_data(surrogate: Surrogate, cache: Path | None = None) -> Problem:
+    """The data that a surrogate was trained and tested on.
+
+    Args:
+        surrogate: of a run.
+        cache: where generated samples were kept, for a run does not say; None: in the default one.
+
+    Raises:
+        ValueError: the problem generates no samples, and takes no cache.
+    """
+    config = surrogate.config.problem
+    if cache is not None:
+        if not hasattr(config, "cache"):
+            raise ValueError(f"{surrogate.problem} generates no samples: it takes no cache")
+        config = dataclasses.replace(config, cache=cache)
+    return PROBLEMS[surrogate.problem][0].load(config)
+
+
 def test_errors(surrogate: Surrogate, data: Problem) -> np.ndarray:
     """rel-L2 of every test sample."""
     errors = []

@@ -45,6 +45,18 @@ def test_evaluate_prints_the_error_of_the_result(run, capsys):
     assert f"{error:.5f}"[:6] in capsys.readouterr().out
 
 
+def test_evaluate_takes_the_samples_of_a_named_cache(run, home, capsys):
+    before = set((home / "cache").iterdir())
+    (home / "cache").rename(home / "elsewhere")
+    try:
+        assert main(["evaluate", str(run), "--cache", "elsewhere"]) == 0
+        assert not (home / "cache").exists()
+    finally:
+        (home / "elsewhere").rename(home / "cache")
+    assert set((home / "cache").iterdir()) == before  # nothing was generated
+    assert "of 4 samples" in capsys.readouterr().out
+
+
 def test_predict_writes_fields_and_a_picture(run, home):
     rng = np.random.default_rng(0)
     np.savez(home / "new.npz", coefficient=rng.choice([3.0, 12.0], (2, 9, 9)))

@@ -11,6 +11,12 @@ number of nodes to aim at is drawn too, about as the published meshes have them 
 width of the voxels follows from it and from the shape's volume, as a mesher's does from its
 settings, and stays below that of walls. Voxels that hang in the air when their layer is built are
 dropped, and all but the largest component.
+
+Small parts are simpler. A displacement jumps where a layer begins, between the nodes in it and
+those at the top of the layer below, and at the undersides of overhangs; a gap of one voxel does not
+show in the nodes at all. So the voxels of small parts are as high as a layer and all of one width,
+overhangs are filled down to the plate, and narrow gaps are filled as well: the displacement is then
+smooth, and follows from the nodes.
 """
 
 from collections.abc import Callable
@@ -23,17 +29,29 @@ from scipy import ndimage
 from flare_jax.solvers import voxels
 
 LAYER = 2.5  # mm, height of a layer of the simulation
-SIZES = {  # side of the envelope in mm, fewest and most nodes to aim at
-    "paper": (60.0, 500, 47_500),
-    "small": (30.0, 300, 2_000),
-}
-SPREAD = 1.2, 1.5  # of the Beta distribution of nodes over that range
-WIDTHS = 0.7, 3.0  # mm, of voxels: cube root of the volume
+SPREAD = 1.2, 1.5  # of the Beta distribution of the nodes to aim at
 UPRIGHT = 0.3  # share of parts that are built as drawn; the others lie on any side
 FLATNESS = 0.7  # height over width of voxels: the solver likes many small planes
 
+
 Coordinate = Float[np.ndarray, "..."]
 Shape = Callable[[Coordinate, Coordinate, Coordinate], Float[np.ndarray, "..."]]
+
+
+class Size(NamedTuple):
+    """What parts of one size have in common."""
+
+    box: float  # side of the envelope, mm
+    nodes: tuple[int, int]  # fewest and most to aim at
+    widths: tuple[float, float]  # smallest and largest of a voxel, cube root of its volume, mm
+    per_layer: int  # most voxels in the height of a layer
+    filled: bool  # what hangs over is filled down to the plate, and so are gaps of one voxel
+
+
+SIZES = {
+    "paper": Size(60.0, (500, 47_500), (0.7, 3.0), 5, False),
+    "small": Size(20.0, (50, 640), (2.2, 2.2), 1, True),
+}
 
 
 class Part(NamedTuple):
@@ -300,7 +318,7 @@ def candidate(seed: int, index: int, attempt: int, size: str) -> Part | None:
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     rng = np.random.default_rng([seed, index, attempt])
-    box, fewest, most = SIZES[size]
+    box, (fewest, most), widths, per_layer, fill = SIZES[size]
     family = FAMILIES[rng.integers(len(FAMILIES))]
     shape, wall = family(rng, box)
     upright = rng.random() < UPRIGHT
@@ -309,19 +327,20 @@ def candidate(seed: int, index: int, attempt: int, size: str) -> Part | None:
     nodes = fewest + (most - fewest) * rng.beta(*SPREAD)
     width = box / 30
     for _ in range(3):  # the first is coarse; then the width follows from the number of nodes
-        voxel = voxel_of(width)
+        voxel = voxel_of(width, per_layer)
         drawn = sample(shape, axes, signs, box, voxel)
+        drawn = filled(drawn) if fill else drawn
         solid = standing(drawn, round(LAYER / voxel[2]))
         if solid.sum() <= 0.5 * drawn.sum():
             return None
         found = len(voxels.mesh(solid).index)
-        width = np.clip(width * np.cbrt(found / nodes), WIDTHS[0], min(WIDTHS[1], 0.7 * wall))
+        width = np.clip(min(width * np.cbrt(found / nodes), 0.7 * wall), *widths)
     return Part(solid, voxel, family.__name__)
 
 
-def voxel_of(width: float) -> tuple[float, float, float]:
-    """A voxel of about this width: its height divides a layer, its volume is width^3."""
-    height = LAYER / max(1, round(LAYER / (FLATNESS * width)))
+def voxel_of(width: float, per_layer: int) -> tuple[float, float, float]:
+    """A voxel of about this width, cube root of its volume: 1 to `per_layer` are a layer high."""
+    height = LAYER / min(max(1, round(LAYER / (FLATNESS * width))), per_layer)
     across = float(np.sqrt(width**3 / height))
     return across, across, height
 
@@ -337,6 +356,15 @@ def sample(shape: Shape, axes, signs, box: float, voxel) -> Bool[np.ndarray, "nx
     x, y, z = (sign * place[a] for a, sign in zip(axes, signs, strict=True))
     inside = np.broadcast_to(shape(x, y, z + box / 2) < 0, n)
     return inside[:, :, np.argmax(inside.any((0, 1))) :]
+
+
+def filled(solid: Bool[np.ndarray, "nx ny nz"]) -> Bool[np.ndarray, "nx ny nz"]:
+    """The solid with all that is below it, then with all voxels whose corners are its nodes."""
+    solid = np.logical_or.accumulate(solid[:, :, ::-1], axis=2)[:, :, ::-1]
+    full = voxels.mesh(solid).number >= 0  # nodes, then edges, faces and voxels whose ends all are
+    for axis in range(3):
+        full = np.delete(full, -1, axis) & np.delete(full, 0, axis)
+    return full
 
 
 def standing(solid: Bool[np.ndarray, "nx ny nz"], per_layer: int) -> Bool[np.ndarray, "..."]:

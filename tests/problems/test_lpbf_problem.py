@@ -1,5 +1,5 @@
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from flare_jax.problems import lpbf
 from flare_jax.problems.lpbf import LPBFConfig, legacy, load, mesh_inputs, split_files
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import buckets_of, count_of
+from flare_jax.solvers import parts
 
 SIZES = {"num_train": 4, "num_valid": 2, "num_test": 3, "num_buckets": 2}
 
@@ -26,7 +27,7 @@ class Part(NamedTuple):
 class Solver:
     """In place of the solver: part i follows from (seed, i)."""
 
-    VERSION = 1
+    VERSION: ClassVar = {"paper": 1, "small": 2}
 
     def __init__(self):
         self.made = []
@@ -109,6 +110,15 @@ def test_bad_requests_say_what_is_wrong(solver, tmp_path):
     ):
         with pytest.raises(DataFileError, match="flat.npz: "):
             read(tmp_path / "flat.npz")
+
+
+def test_each_size_has_a_folder_and_a_scale_of_its_own(tmp_path):
+    paper, small = (LPBFConfig(size=size, cache=tmp_path) for size in ("paper", "small"))
+    kept = "lpbf-paper-8a18a5979cb4e7e5"  # of parts that are made already
+    assert lpbf.generated_folder(paper).name == kept
+    assert lpbf.generated_folder(paper) != lpbf.generated_folder(small)
+    for size, (box, *_) in parts.SIZES.items():
+        assert lpbf.SCALE[size] == (box / 2, box / 2, box)
 
 
 def test_presets_hold_every_size_of_the_data():

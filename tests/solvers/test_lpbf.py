@@ -187,7 +187,7 @@ def test_edges_are_those_of_the_hexahedra():
 def parts():
     """Of the small kind but for their meshes, which are coarser yet."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "small", (30.0, 100, 250))
+        patch.setitem(SIZES, "small", SIZES["small"]._replace(widths=(3.0, 3.0)))
         yield list(lpbf.generate(range(4), seed=0, size="small", progress=False))
 
 
@@ -199,8 +199,8 @@ def test_parts_depend_on_seed_and_index_alone(parts):
 def test_generated_parts_are_within_the_limits(parts):
     for part in parts:
         n, largest = len(part.pos), np.abs(part.pos).max(0)
-        assert 100 < n <= 2500 and part.edge_index.shape[1] <= lpbf.MAX_EDGES
-        assert (largest[:2] <= 15.001).all() and largest[2] <= 30.001 and part.pos.min(0)[2] == 0
+        assert 8 < n <= lpbf.MAX_NODES["small"] and part.edge_index.shape[1] <= lpbf.MAX_EDGES
+        assert (largest[:2] <= 10.001).all() and largest[2] <= 20.001 and part.pos.min(0)[2] == 0
         assert 0 < np.abs(part.disp[:, 2]).max() <= 1 and 0 < part.vmstr.max() <= 2000
         assert part.disp.shape == (n, 3) and part.vmstr.shape == (n,)
         assert part.elems.min() == 0 and part.elems.max() == n - 1

@@ -7,7 +7,7 @@ from flare_jax.solvers import parts, voxels
 
 @pytest.mark.parametrize("family", parts.FAMILIES, ids=lambda family: family.__name__)
 def test_every_family_draws_parts_that_can_be_built(family):
-    voxel = parts.voxel_of(2.0)
+    voxel = parts.voxel_of(2.0, 5)
     per_layer = round(parts.LAYER / voxel[2])
     built = []
     for seed in range(8):
@@ -31,7 +31,7 @@ def test_candidates_depend_on_their_numbers_alone():
 
 @pytest.mark.parametrize("size, count", [("paper", 12), ("small", 40)])
 def test_meshes_have_the_sizes_that_are_aimed_at(size, count):
-    box, _, most = parts.SIZES[size]
+    box, (_, most), *_ = parts.SIZES[size]
     drawn = [parts.candidate(0, index, 0, size) for index in range(count)]
     drawn = [part for part in drawn if part is not None]
     nodes = [len(voxels.mesh(part.solid).index) for part in drawn]
@@ -41,6 +41,29 @@ def test_meshes_have_the_sizes_that_are_aimed_at(size, count):
         assert (np.array(part.solid.shape) * part.voxel <= box + 1e-6).all()
         assert max(part.voxel) < 3 * min(part.voxel)  # the published limit on element shapes
         assert (parts.LAYER / part.voxel[2]).is_integer()
+
+
+def test_small_parts_follow_from_their_nodes():
+    """No node hangs over, all voxels are alike, and the solid is what its nodes enclose."""
+    drawn = [parts.candidate(1, index, 0, "small") for index in range(24)]
+    drawn = [part for part in drawn if part is not None]
+    assert len({part.family for part in drawn}) > 5 and len({part.voxel for part in drawn}) == 1
+    for part in drawn:
+        assert part.voxel[2] == parts.LAYER
+        assert (part.solid[:, :, 1:] <= part.solid[:, :, :-1]).all()
+        node = voxels.mesh(part.solid).number >= 0
+        corners = np.lib.stride_tricks.sliding_window_view(node, (2, 2, 2)).all((-1, -2, -3))
+        np.testing.assert_array_equal(part.solid, corners)
+
+
+def test_overhangs_and_narrow_gaps_are_filled():
+    solid = np.ones((5, 3, 2), bool)
+    solid[1, :, 0] = False  # a tunnel
+    solid[3] = False  # a slot of one voxel: its corners are nodes all the same
+    np.testing.assert_array_equal(parts.filled(solid), np.ones((5, 3, 2), bool))
+    wide = np.ones((6, 3, 2), bool)
+    wide[2:4] = False
+    np.testing.assert_array_equal(parts.filled(wide), wide)
 
 
 def test_parts_are_turned_and_put_down():
