@@ -30,7 +30,7 @@ class TrainConfig:
     batch_tokens: int | None = None  # points a step, instead: small meshes share a batch
     seed: int = 0  # of initial parameters and sample order
     seeds: int = 1  # runs trained at once, with seed, seed + 1, ...
-    precision: Precision = "float32"  # of products, tf32 or better; bfloat16: of all but sums
+    precision: Precision = "float32"  # of products; with bfloat16 of all but sums
     eval_every: int = 10  # epochs between validations and checkpoints
     chunk_steps: int = 500  # most steps in one call of the device
 
