@@ -82,7 +82,7 @@ class LPBFConfig:
 
 
 PRESETS = {
-    # For two CPU cores: parts in about 20 s, the rest of about two minutes is training.
+    # For two CPU cores: about two minutes, parts included.
     "small": {
         "size": "small",
         "num_train": 420,
