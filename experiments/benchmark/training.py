@@ -18,11 +18,17 @@ from experiments.benchmark.measure import Program, Row, errors, seconds, verdict
 from flare_jax.models import FLAREConfig, FLAREModel, functional
 from flare_jax.models.convert import abstract_params
 from flare_jax.ops.flare import IMPLEMENTATIONS
+from flare_jax.ops.fused.mlp_plans import SEEDS
 from flare_jax.problems import darcy
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import Normalizer, Split
 from flare_jax.train.optimizer import OptimizerConfig, make_optimizer
-from flare_jax.train.step import init_state, make_train_step, surrogate_loss
+from flare_jax.train.step import (
+    compiler_options,
+    init_state,
+    make_train_step,
+    surrogate_loss,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Case:
 
     def over_seeds(self, f: Callable) -> Callable:
         """`f(per seed, shared)` for all seeds at once."""
-        return jax.vmap(f, in_axes=(0, None)) if self.seeds > 1 else f
+        return jax.vmap(f, in_axes=(0, None), axis_name=SEEDS) if self.seeds > 1 else f
 
 
 @functools.cache
@@ -175,7 +181,8 @@ def make_steps(case: Case, apply: Callable):
     train_step = make_train_step(loss, tx, config.ema_decay)
     steps = case.over_seeds(functools.partial(jax.lax.scan, train_step))
     start = functools.partial(init_state, tx=tx)
-    return jax.vmap(start) if case.seeds > 1 else start, jax.jit(steps, donate_argnums=0)
+    start = jax.vmap(start) if case.seeds > 1 else start
+    return start, jax.jit(steps, donate_argnums=0, compiler_options=compiler_options())
 
 
 def jax_row(case: Case, name: str | None, **shared) -> Row:

@@ -33,6 +33,7 @@ from flare_jax import parallel
 from flare_jax.data.buckets import batches, make_plan, take_samples, waste
 from flare_jax.models.flare import FLAREModel
 from flare_jax.models.functional import Params, functional, num_parameters
+from flare_jax.ops.fused.mlp_plans import SEEDS
 from flare_jax.problems.problem import (
     Normalizer,
     Problem,
@@ -45,7 +46,13 @@ from flare_jax.train.config import Config, to_dict
 from flare_jax.train.errors import make_errors
 from flare_jax.train.log import MetricsFile, progress_bar
 from flare_jax.train.optimizer import make_optimizer
-from flare_jax.train.step import TrainState, init_state, make_train_step, surrogate_loss
+from flare_jax.train.step import (
+    TrainState,
+    compiler_options,
+    init_state,
+    make_train_step,
+    surrogate_loss,
+)
 
 # "tf32" is three bfloat16 products (2^-16), as in the kernels; TF32 itself has 2^-11
 MATMUL = {"float32": "highest", "tf32": "BF16_BF16_F32_X3", "bfloat16": "bfloat16"}
@@ -118,7 +125,8 @@ def make_chunk(train_step: Callable, **options) -> Callable:
         take = lambda rows: jax.tree.map(lambda a: a[rows], samples)
         return jax.lax.scan(lambda state, rows: train_step(state, take(rows)), state, rows)
 
-    return jax.jit(jax.vmap(chunk, in_axes=(0, None, 0)), donate_argnums=0, **options)
+    seeds = jax.vmap(chunk, in_axes=(0, None, 0), axis_name=SEEDS)
+    return jax.jit(seeds, donate_argnums=0, compiler_options=compiler_options(), **options)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from flare_jax.ops.fused import mlp
+from flare_jax.ops.fused.mlp_plans import SEEDS, few
 
 # tiny tiles, few programs: several tiles a program, two and one layers a segment
 TILE = mlp.Tile(16, 4, 2)
@@ -69,6 +70,19 @@ def check(x, layers, norm, dy, tolerance, *, act="gelu", skip=False, plan=PLAN, 
         dy.astype(jnp.float32), x.astype(jnp.float32), layers, *norms
     )
     assert_close(got, want, tolerance)
+
+
+def test_plan_counts_the_models_side_by_side():
+    def tile_of(models, tokens, *case):
+        found = []
+        f = lambda x: found.append(mlp.plan_for(tokens, *case)) or x
+        jax.make_jaxpr(jax.vmap(f, axis_name=SEEDS))(jnp.zeros(models))
+        return found[0].forward.tile if found[0].apart else None
+
+    assert mlp.plan_for(1944, 64, "native") == few(16)
+    assert [tile_of(n, 1944, 64, "bf16x3") for n in (1, 2, 4, 5)] == [16, 32, 64, None]
+    assert [tile_of(n, 1944, 64, "ieee") for n in (1, 2)] == [16, None]
+    assert [tile_of(n, 1944, 128, "native") for n in (1, 2)] == [16, None]
 
 
 @pytest.mark.parametrize("act", ["gelu", "silu"])

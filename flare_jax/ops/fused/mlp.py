@@ -31,67 +31,13 @@ from jax.experimental.pallas import triton as plgpu
 
 from flare_jax.ops.fused.activations import ACTIVATIONS, Activation, hide, once
 from flare_jax.ops.fused.math import f32_precision, interpreted, split_bf16
+from flare_jax.ops.fused.mlp_plans import Plan, Tile, plan_for
 
 WIDTHS = (32, 64, 128)
 DTYPES = ("bfloat16", "float16", "float32")
 ONES = 16  # rows of the ones matrix that sums columns: the tensor core's smallest side
 
 Layers = Sequence[tuple[jax.Array, jax.Array]]  # (kernel [C, C] as [in, out], bias [C]) a layer
-
-
-# ---------------------------------------------------------------- block sizes ---
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """How one kernel walks the tokens: `programs` programs, `tile` tokens at a time."""
-
-    tile: int
-    warps: int
-    programs: int
-    stages: int = 2
-    resident: int = 99  # the first layers' weights stay in shared memory, others' come from L2
-    bias: bool = True  # biases stay in registers, else they come from L1 with every tile
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    forward: Tile
-    backward: tuple[
-        tuple[int, Tile], ...
-    ]  # (layers, Tile) a segment, from the last; the end repeats
-    norm: Tile | None = None  # the norm's backward in a kernel of its own, else in the last segment
-
-
-def streamed(tile: int, warps: int, programs: int) -> Tile:
-    return Tile(tile, warps, programs, stages=1, resident=0, bias=False)
-
-
-# (C, precision) -> Plan; "native" is bfloat16 and float16.
-PLANS = {
-    (32, "native"): Plan(Tile(64, 4, 528, bias=False), ((5, Tile(64, 4, 264)),)),
-    (64, "native"): Plan(
-        Tile(64, 4, 396, bias=False), ((3, Tile(64, 4, 264)), (2, Tile(64, 4, 264)))
-    ),
-    (128, "native"): Plan(
-        Tile(128, 8, 132, bias=False),
-        ((1, Tile(128, 8, 132, stages=1, resident=4, bias=False)),),
-        norm=Tile(32, 4, 528, stages=1),
-    ),
-    (32, "bf16x3"): Plan(Tile(64, 4, 528, bias=False), ((3, Tile(64, 4, 264)),)),
-    (64, "bf16x3"): Plan(Tile(64, 4, 264, bias=False), ((2, Tile(64, 4, 264)),)),
-    (128, "bf16x3"): Plan(streamed(64, 4, 264), ((1, streamed(64, 4, 132)),)),
-    (32, "ieee"): Plan(streamed(32, 4, 264), ((1, streamed(32, 4, 264)),)),
-    (64, "ieee"): Plan(streamed(32, 4, 264), ((1, streamed(32, 4, 264)),)),
-    (128, "ieee"): Plan(streamed(32, 8, 132), ((1, streamed(32, 8, 132)),)),
-}
-# One tile a program, whose weight gradients are written once and never held: one segment does.
-FEW = Plan(streamed(16, 8, 132), ((5, streamed(16, 8, 132)),))
-FEW_TOKENS = 16 * 132  # a tile for each multiprocessor of an H100
-
-
-def plan_for(tokens: int, width: int, precision: str) -> Plan:
-    return FEW if tokens <= FEW_TOKENS else PLANS[width, precision]
 
 
 def dot_precision(dtype) -> str:
@@ -191,6 +137,7 @@ class _Tokens:
         self.n, self.width, self.tile = n, width, tile.tile
         self.tiles = pl.cdiv(n, tile.tile)
         self.programs = min(tile.programs, self.tiles)
+        self.single = self.tiles == self.programs  # one tile a program
 
     def loop(self, body, carry):
         """carry = body(rows, mask, carry) for each tile of this program."""
@@ -203,7 +150,7 @@ class _Tokens:
                 mask = _columns(start + jnp.arange(self.tile) < self.n, self.width)
             return body(pl.ds(start, self.tile), mask, carry)
 
-        if self.tiles == self.programs:
+        if self.single:
             return step(0, carry)
         count = lax.div(self.tiles - first + self.programs - 1, self.programs)
         return lax.fori_loop(0, count, step, carry)
@@ -318,8 +265,23 @@ def _backward_kernel(
     rows_of = functools.partial(_rows, tile=tokens.tile)
     own = range(first, len(layers))
 
+    def write(block, dw, db):
+        dw_ref[pl.ds(block * (width + ONES), width), :] = dw.T
+        dw_ref[pl.ds(block * (width + ONES) + width, ONES), :] = db.T
+
     def body(rows, mask, carry):
-        sums, norm_sums = carry
+        sums, norm_sums = list(carry[0]), carry[1]
+
+        def add(block, dh, inputs):
+            """Adds a layer's part of dW and db. A program's only tile holds none in registers."""
+            dw, db = sums[block]
+            # dW^T, not dW: what feeds the transposed operand may be computed twice, and dh is short
+            dht = dots.transposed(dh)
+            dw = dots.dot(dht, inputs, 0, 0, dw)
+            sums[block] = dw, dots.column_sums(dht, db, transposed=True)
+            if tokens.single:
+                write(block, *sums[block])
+
         x = _load(x_ref, rows, mask).astype(jnp.float32)
         if norm:
             x = _normalise(x, spec.epsilon)[0] * rows_of(norm[0]) + rows_of(norm[1])
@@ -341,16 +303,10 @@ def _backward_kernel(
                 x = act.residual_from(s, h, x)
 
         g = _load(g_ref, rows, mask).astype(jnp.float32)
-        new = []
         for i in reversed(own):
             dh = dots.parts(act.times_gate(g, gates[i]) if i in gates else g)
-            dw, db = sums[i - first]
-            # dW^T, not dW: what feeds the transposed operand may be computed twice, and dh is short
-            dht = dots.transposed(dh)
-            dw = dots.dot(dht, inputs[i], 0, 0, dw)
-            new.append((dw, dots.column_sums(dht, db, transposed=True)))
+            add(i - first, dh, inputs[i])
             g = layers[i].transposed(dh, g)
-        sums = (*reversed(new), *sums[len(own) :])
 
         if bottom:
             if norm:  # the partial sums of its scale and bias too
@@ -368,23 +324,20 @@ def _backward_kernel(
                 if ref is not None:
                     g = g + _load(ref, rows, mask).astype(jnp.float32)
             if projection:
-                dh, (dw, db) = dots.parts(g), sums[-1]
-                y = dots.parts(_load(projection[0], rows, mask))
-                dht = dots.transposed(dh)
-                dw = dots.dot(dht, y, 0, 0, dw)
-                sums = (*sums[:-1], (dw, dots.column_sums(dht, db, transposed=True)))
+                dh = dots.parts(g)
+                add(len(own), dh, dots.parts(_load(projection[0], rows, mask)))
                 _store(dy_ref, rows, mask, project.transposed(dh, jnp.zeros_like(g)))
         _store(dx_ref, rows, mask, g)
-        return sums, norm_sums
+        return tuple(sums), norm_sums
 
     zero = jnp.zeros((width, width), jnp.float32), jnp.zeros((width, ONES), jnp.float32)
     norm_zero = (zero[1].T, zero[1].T) if norm and bottom else ()
-    sums, norm_sums = tokens.loop(body, ((zero,) * (len(own) + bool(projection)), norm_zero))
-    row = 0
-    for block in (*((dw.T, db.T) for dw, db in sums), norm_sums):
-        for value in block:
-            dw_ref[pl.ds(row, len(value)), :] = value
-            row += len(value)
+    blocks = len(own) + bool(projection)
+    sums, norm_sums = tokens.loop(body, ((zero,) * blocks, norm_zero))
+    for block, (dw, db) in enumerate(() if tokens.single else sums):
+        write(block, dw, db)
+    for i, value in enumerate(norm_sums):
+        dw_ref[pl.ds(blocks * (width + ONES) + i * ONES, ONES), :] = value
 
 
 # ------------------------------------------------------------------- wrappers ---
@@ -404,7 +357,7 @@ def _call(kernel, tile: Tile, tokens: _Tokens, spec: Spec, name: str, out_shape,
 
 def _operands(spec: Spec, tile: Tile, tokens: _Tokens, dtype, layers: Layers):
     """The kernel's weights: as they are if it reads them once, else in the form the dots take."""
-    if tokens.tiles == tokens.programs:
+    if tokens.single:
         return tuple(((w,), b) for w, b in layers)
     dots = spec.dots(dtype)
     form = lambda i, w: (w,) if i < tile.resident else dots.parts(w)
@@ -423,8 +376,8 @@ def _forward(spec: Spec, keep: bool, x, norm, sets, projection):
     projection: (y [N, C], its layer) or ().
     """
     tile = spec.plan.forward
-    several = spec.precision == "native" and x.shape[1] <= 64  # all weights fit on the chip
-    if len(sets) > 1 and tile.resident and not several:
+    fit = spec.precision == "native" and x.shape[1] <= 64  # all weights on the chip
+    if len(sets) > 1 and (spec.plan.apart or (tile.resident and not fit)):
         return [_forward(spec, False, x, norm, (one,), ())[0][0] for one in sets], None
     tokens = _Tokens(*x.shape, tile)
     kernel = functools.partial(_forward_kernel, spec=spec, tile=tile, tokens=tokens)
@@ -519,12 +472,23 @@ def _mlps_fwd(spec, x, norm, sets, projection):
 
 def _mlps_bwd(spec, saved, douts):
     x, norm, sets, projection = saved
-    dx, dnorms, dsets = douts[-1] if spec.pass_on else None, [], []
+    apart = len(sets) > 1 and spec.plan.apart  # then none waits for another's gradient of x
+    dxs, dnorms, dsets = [douts[-1]] if spec.pass_on else [], [], []
     for layers, dout in zip(sets, douts[: len(sets)], strict=True):
-        dx, dnorm, dlayers, dprojection = _backward(spec, x, norm, layers, projection, dout, add=dx)
+        add = dxs.pop() if dxs and not apart else None
+        dx, dnorm, dlayers, dprojection = _backward(spec, x, norm, layers, projection, dout, add)
+        dxs.append(dx)
         dnorms.append(dnorm)
         dsets.append(dlayers)
-    return dx, jax.tree.map(lambda *d: sum(d[1:], d[0]), *dnorms), tuple(dsets), dprojection
+    return total(dxs), jax.tree.map(lambda *d: total(d), *dnorms), tuple(dsets), dprojection
+
+
+def total(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Their sum, rounded once."""
+    first, *rest = arrays
+    if not rest:
+        return first
+    return sum((a.astype(jnp.float32) for a in rest), first.astype(jnp.float32)).astype(first.dtype)
 
 
 _mlps.defvjp(_mlps_fwd, _mlps_bwd)

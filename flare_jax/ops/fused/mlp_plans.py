@@ -1,0 +1,82 @@
+"""Block sizes of the residual MLP's kernels.
+
+The table is filled from measurements and compiler output (README.md); nothing is tuned at run
+time. To change a choice edit `plan_for`.
+"""
+
+import dataclasses
+
+from jax import lax
+
+SMS = 132  # streaming multiprocessors of an H100
+SEEDS = "seeds"  # the axis name of a `vmap` over models: how many work at once decides the tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How one kernel walks the tokens: `programs` programs, `tile` tokens at a time."""
+
+    tile: int
+    warps: int
+    programs: int
+    stages: int = 2
+    resident: int = 99  # the first layers' weights stay in shared memory, others' come from L2
+    bias: bool = True  # biases stay in registers, else they come from L1 with every tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The tiles of all kernels of an MLP."""
+
+    forward: Tile
+    backward: tuple[
+        tuple[int, Tile], ...
+    ]  # (layers, Tile) a segment, from the last; the end repeats
+    norm: Tile | None = None  # the norm's backward in a kernel of its own, else in the last segment
+    apart: bool = False  # MLPs on the same x in kernels of their own, which can run at once
+
+
+def streamed(tile: int, warps: int, programs: int) -> Tile:
+    return Tile(tile, warps, programs, stages=1, resident=0, bias=False)
+
+
+def few(tile: int) -> Plan:
+    """One tile a program, whose weight gradients are written once and never held: one segment."""
+    return Plan(streamed(tile, 8, SMS), ((5, streamed(tile, 8, SMS)),), apart=True)
+
+
+# (C, precision) -> Plan; "native" is bfloat16 and float16.
+PLANS = {
+    (32, "native"): Plan(Tile(64, 4, 528, bias=False), ((5, Tile(64, 4, 264)),)),
+    (64, "native"): Plan(
+        Tile(64, 4, 396, bias=False), ((3, Tile(64, 4, 264)), (2, Tile(64, 4, 264)))
+    ),
+    (128, "native"): Plan(
+        Tile(128, 8, 132, bias=False),
+        ((1, Tile(128, 8, 132, stages=1, resident=4, bias=False)),),
+        norm=Tile(32, 4, 528, stages=1),
+    ),
+    (32, "bf16x3"): Plan(Tile(64, 4, 528, bias=False), ((3, Tile(64, 4, 264)),)),
+    (64, "bf16x3"): Plan(Tile(64, 4, 264, bias=False), ((2, Tile(64, 4, 264)),)),
+    (128, "bf16x3"): Plan(streamed(64, 4, 264), ((1, streamed(64, 4, 132)),)),
+    (32, "ieee"): Plan(streamed(32, 4, 264), ((1, streamed(32, 4, 264)),)),
+    (64, "ieee"): Plan(streamed(32, 4, 264), ((1, streamed(32, 4, 264)),)),
+    (128, "ieee"): Plan(streamed(32, 8, 132), ((1, streamed(32, 8, 132)),)),
+}
+
+
+def plan_for(tokens: int, width: int, precision: str) -> Plan:
+    """The plan for `tokens` of each of the models side by side (see SEEDS)."""
+    largest = 64 if width <= 64 and precision != "ieee" else 16  # of which a program holds one
+    for tile in (16, 32, 64):
+        if tile <= largest and models() * -(-tokens // tile) <= SMS:
+            return few(tile)
+    return PLANS[width, precision]
+
+
+def models() -> int:
+    """How many models are computed side by side: the size of the mapped axis SEEDS, or 1."""
+    try:
+        return lax.axis_size(SEEDS)
+    except NameError:
+        return 1
