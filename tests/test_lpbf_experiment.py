@@ -34,6 +34,8 @@ def test_the_record_names_no_folder_of_this_machine(tmp_path):
     assert command == "python -m experiments.lpbf --data FOLDER --epochs 5"
     config = lpbf.configuration(lpbf.parse(["--out", "x.json", "--epochs", "5"]))
     assert (config.train.epochs, config.train.seeds, config.train.batch_size) == (5, 2, 1)
+    one = lpbf.configuration(lpbf.parse(["--out", "x.json", "--seed", "1", "--seeds", "1"])).train
+    assert (one.seed, one.seeds) == (1, 1)
     assert (config.model.num_latents, config.optimizer.weight_decay) == (128, 1e-4)
 
 

@@ -229,21 +229,35 @@ def part_paths(folder: Path, split: str, count: int) -> list[Path]:
 
 
 def make_missing(
-    config: LPBFConfig, folder: Path, split: str, count: int, **options
+    config: LPBFConfig,
+    folder: Path,
+    split: str,
+    count: int,
+    *,
+    progress: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[solver.PartMesh]:
     """Makes and keeps the parts that are missing of the first `count` of a split, and yields them.
 
     Part i follows from (data_seed, i) alone, so a command that is cut off goes on where it stopped
-    and asking for more changes none of the others. `options` are those of `solver.generate`.
+    and asking for more changes none of the others. With share (k, n) these are only parts k, k + n,
+    k + 2 n, ...: n processes, each with another k, fill one folder.
+
+    Raises:
+        ValueError: for a share that does not exist.
     """
-    paths, first = part_paths(folder, split, count), FIRST_INDEX[split]
-    done = next((i for i, path in enumerate(paths) if not path.exists()), count)
-    if done == count:
+    k, n = share
+    if not 0 <= k < n:
+        raise ValueError(f"share must be (k, n) with 0 <= k < n, got {share}")
+    numbered = enumerate(part_paths(folder, split, count), FIRST_INDEX[split])
+    missing = {i: path for i, path in list(numbered)[k::n] if not path.exists()}
+    if not missing:
         return
     facts = {"seed": config.data_seed, "size": config.size}
-    made = solver.generate(range(first + done, first + count), **facts, **options)
-    for path, part in zip(paths[done:], made, strict=True):
-        meshes.write_part(path, part, **facts, version=solver.VERSION[config.size])
+    made = solver.generate(list(missing), **facts, progress=progress)
+    for path, part in zip(missing.values(), made, strict=True):
+        about = facts | {"version": solver.VERSION[config.size], "rejected": part.rejected}
+        meshes.write_part(path, part, **about)
         yield part
 
 
