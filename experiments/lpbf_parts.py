@@ -91,9 +91,9 @@ def family(part: lpbf.PartMesh) -> str:
 
 def asked(options: Options) -> list[Path]:
     """Files of the parts, of this share."""
-    folder, (first, step) = problem.generated_folder(config(options)), options.share
-    paths = [problem.part_paths(folder, s, getattr(options, s)) for s in ("train", "test")]
-    return [path for split in paths for path in split[first::step]]
+    folder, share = problem.generated_folder(config(options)), options.share
+    counts = {"train": options.train, "test": options.test}
+    return [p for s, n in counts.items() for p in problem.part_paths(folder, s, n, share)]
 
 
 def config(options: Options) -> problem.LPBFConfig:
