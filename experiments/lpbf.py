@@ -189,9 +189,8 @@ def draw(path: Path, folder: Path, problem: Problem) -> None:
 def told(arguments) -> str:
     """The command line without the names of folders on this machine."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for name in ("--data", "--cache"):
-        if name in given:
-            given[given.index(name) + 1] = "FOLDER"
+    if "--data" in given:
+        given[given.index("--data") + 1] = "FOLDER"
     return records.command("lpbf", given)
 
 

@@ -186,11 +186,12 @@ def parts(records: dict, published: dict) -> str:
         text += table([r["size"], *keys], rows)
         text += f"\n{r['parts']} of {r['asked']} parts"
         if "parts_per_second" in r:
+            text += f", {r['parts_per_second']:.2f} a second"
             text += (
-                f", {r['parts_per_second']:.2f} a second, {r['parts_per_second_last_half']:.2f} "
+                f", {r['parts_per_second_last_half']:.2f} in the last half, which compiles little"
             )
-            text += "in the last half, which compiles little"
-        text += f"; rejected: {why}.\n"
+        text += f"; rejected: {why}"
+        text += f". Stress is counted {r['stress_counted']}.\n" if "stress_counted" in r else ".\n"
         text += source(name, r) + picture(name)
     return text
 

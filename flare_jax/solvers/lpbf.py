@@ -29,7 +29,8 @@ voxels. `edge_index` holds the edges of the hexahedra in both directions: publis
 columns a node, a solid grid has nearly 6. The limit on displacement is on the largest of
 |u_z|, where the published filter looks at u_z. That on stress is on the largest nodal value from
 the top of the first layer on: where the rigid plate ends nothing gives way, and the stress there,
-nearly always the largest of the part, grows without bound as voxels shrink. `vmstr` has it all.
+nearly always the largest of the part, grows without bound as voxels shrink; so does that a voxel
+above the plate. `vmstr` has it all.
 """
 
 import collections
