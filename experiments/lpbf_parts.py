@@ -248,7 +248,7 @@ def main(options: Options, arguments: list[str] | None = None) -> None:
         "precision": "float64",
         "solver_version": lpbf.VERSION[options.size],
         "inherent_strain": lpbf.STRAIN,
-        "stress_counted": "from the top of the first layer on",
+        "note": "stress is counted from the top of the first layer on",
         "asked": len(asked(options)),
         "parts": len(result.rows),
         "made": len(result.seconds),

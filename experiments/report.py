@@ -190,8 +190,7 @@ def parts(records: dict, published: dict) -> str:
             text += (
                 f", {r['parts_per_second_last_half']:.2f} in the last half, which compiles little"
             )
-        text += f"; rejected: {why}"
-        text += f". Stress is counted {r['stress_counted']}.\n" if "stress_counted" in r else ".\n"
+        text += f"; rejected: {why}{note(r)}.\n"
         text += source(name, r) + picture(name)
     return text
 
