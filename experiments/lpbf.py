@@ -5,6 +5,7 @@
     python -m experiments.lpbf --out FILE --epochs 50          # shorter, and the record says so
     python -m experiments.lpbf --out FILE --train 300 --test 80        # fewer parts, likewise
     python -m experiments.lpbf --out FILE --seconds 500        # stops then, and goes on when called
+    python -m experiments.lpbf --out FILE --seed 1 --seeds 1   # one of two that share the work
     python -m experiments.lpbf --out FILE --epochs 0           # only makes the missing parts
     python -m experiments.lpbf --out FILE --smoke              # tiny, on any machine
 
@@ -57,6 +58,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=290, help="test parts")
     parser.add_argument("--epochs", type=int, default=250, help="of training; 0: none")
     parser.add_argument("--precision", choices=typing.get_args(Precision), default="tf32")
+    parser.add_argument("--seed", type=int, default=0, help="the first")
     parser.add_argument("--seeds", type=int, default=2, help="trained side by side")
     parser.add_argument("--eval-every", type=int, default=10, help="epochs between checkpoints")
     parser.add_argument("--seconds", type=float, help="stop training after so long, and save")
@@ -68,7 +70,8 @@ def configuration(args) -> Config:
     config = preset("lpbf", "paper")
     problem = {"data": args.data, "cache": args.cache}
     problem |= {f"num_{name}": getattr(args, name) for name in ("train", "valid", "test")}
-    train = {name: getattr(args, name) for name in ("epochs", "precision", "seeds", "eval_every")}
+    names = ("epochs", "precision", "seed", "seeds", "eval_every")
+    train = {name: getattr(args, name) for name in names}
     train["epochs"] = max(args.epochs, 1)
     model = {}
     if args.smoke:
@@ -186,9 +189,8 @@ def draw(path: Path, folder: Path, problem: Problem) -> None:
 def told(arguments) -> str:
     """The command line without the names of folders on this machine."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for name in ("--data", "--cache"):
-        if name in given:
-            given[given.index(name) + 1] = "FOLDER"
+    if "--data" in given:
+        given[given.index("--data") + 1] = "FOLDER"
     return records.command("lpbf", given)
 
 
@@ -243,7 +245,7 @@ def main(arguments=None) -> None:
         "epochs": config.train.epochs,
         "epochs_done": done,
         "finished": result is not None,
-        "seeds": list(range(config.train.seeds)),
+        "seeds": [config.train.seed + i for i in range(config.train.seeds)],
         "precision": config.train.precision,
         "mean_predictor_rel_l2": problem.mean_error,
         "mean_predictor_legacy": legacy_of_the_mean(problem),

@@ -3,19 +3,23 @@
     python -m experiments.lpbf_parts --out FOLDER                              # all 1,390
     python -m experiments.lpbf_parts --out FOLDER --train 200 --test 50        # the same, fewer
     python -m experiments.lpbf_parts --out FOLDER --size small --train 24 --test 6    # on a CPU
+    python -m experiments.lpbf_parts --out ONE --share 0 2     # every second part, on one GPU
+    python -m experiments.lpbf_parts --out TWO --share 1 2     # the others, on another
 
 FOLDER gets lpbf_parts_SIZE.json and a picture of twelve parts; the parts go into `--cache`, where
-training finds them (those already there are left out here). Part i is the same in all of these but
-for `--size`, so that fewer parts are a fair sample of all. After `--limit-seconds` no further part
-is begun, and the record says how many were made. Time is that of all it takes to make and keep
-them: geometry, equilibrium of all layers, checks, rejected candidates, files. Compilation
-is spent once, whatever the number of parts, and partly side by side with solving. On a CPU that has
-other work, OPENBLAS_NUM_THREADS=1 makes large parts several times as fast; small ones do so anyway.
+training finds them. Parts that are there already are read, not made: after both shares the first
+command makes the record of all. Part i is the same in all of these but for `--size`, so that fewer
+parts are a fair sample of all. After `--limit-seconds` no further part is begun, and the record
+says how many were made. Pace and time are those of the parts made, all included: geometry,
+equilibrium of all layers, checks, rejected candidates, files. Compilation is spent once, whatever
+the number of parts, and partly side by side with solving. Stress is counted from the top of the
+first layer on, as the limit on it is (`solvers/lpbf.py` says why). On a CPU that has other work,
+OPENBLAS_NUM_THREADS=1 makes large parts several times as fast; small ones do so anyway.
 """
 
 import collections
 import dataclasses
-import functools
+import json
 import math
 import time
 from pathlib import Path
@@ -58,24 +62,24 @@ class Options:
     test: int = 290  # test parts, those after
     size: Literal["paper", "small"] = "paper"  # of the meshes
     seed: int = 0  # of the data set
+    share: tuple[int, int] = (0, 1)  # K N: parts K, K + N, ... of each split only
     limit_seconds: float = math.inf  # stop after this time
     cache: Path | None = None  # folder for the parts; None: $FLARE_JAX_CACHE or user cache
 
 
-class Made:
-    """What is kept of the parts while they are made."""
+class Seen:
+    """What is kept of the parts that were read or made."""
 
     def __init__(self):
         self.rows: list[list[float]] = []  # as in PUBLISHED
-        self.seconds: list[float] = []  # until each part
+        self.seconds: list[float] = []  # until each part that was made
         self.pictured: list[lpbf.PartMesh] = []
         self.rejected: collections.Counter = collections.Counter()
 
-    def add(self, part: lpbf.PartMesh, seconds: float) -> None:
-        self.rows.append(
-            [len(part.pos), part.edge_index.shape[1], part.disp[:, 2].max(), part.vmstr.max()]
-        )
-        self.seconds.append(seconds)
+    def add(self, part: lpbf.PartMesh) -> None:
+        sizes = len(part.pos), part.edge_index.shape[1]
+        self.rows.append([*sizes, part.disp[:, 2].max(), lpbf.largest_stress(part)])
+        self.rejected.update(part.rejected)
         families = collections.Counter(family(p) for p in self.pictured)
         if families[family(part)] < 2 and len(self.pictured) < PICTURED:
             self.pictured.append(part)
@@ -85,22 +89,43 @@ def family(part: lpbf.PartMesh) -> str:
     return part.name.split("_")[-1]
 
 
-def made(options: Options) -> Made:
-    """Generates the parts, or as many as the time allows."""
-    result, began = Made(), time.perf_counter()
-    config = problem.LPBFConfig(size=options.size, data_seed=options.seed, cache=options.cache)
-    make = functools.partial(problem.make_missing, config, problem.generated_folder(config))
-    for split, count in (("train", options.train), ("test", options.test)):
-        stream = make(split, count, rejected=result.rejected)
+def asked(options: Options) -> list[Path]:
+    """Files of the parts, of this share."""
+    folder, share = problem.generated_folder(config(options)), options.share
+    counts = {"train": options.train, "test": options.test}
+    return [p for s, n in counts.items() for p in problem.part_paths(folder, s, n, share)]
+
+
+def config(options: Options) -> problem.LPBFConfig:
+    return problem.LPBFConfig(size=options.size, data_seed=options.seed, cache=options.cache)
+
+
+def read(path: Path) -> lpbf.PartMesh:
+    """A part that `make_missing` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        about = json.loads(file["_metadata"][0])["metadata"]
+        arrays = {name: file[name] for name in file.files if name != "_metadata"}
+    return lpbf.PartMesh(about["case_id"], **arrays, rejected=tuple(about["rejected"]))
+
+
+def seen(options: Options) -> Seen:
+    """Reads the parts that are there and makes the others, or as many as the time allows."""
+    result, make = Seen(), config(options)
+    for path in asked(options):
+        if path.exists():
+            result.add(read(path))
+    folder, began = problem.generated_folder(make), time.perf_counter()
+    for split in ("train", "test"):
+        count = getattr(options, split)
+        stream = problem.make_missing(make, folder, split, count, share=options.share)
         for part in stream:
-            result.add(part, time.perf_counter() - began)
-            if len(result.rows) % 25 == 0:
-                print(f"{len(result.rows)} parts in {result.seconds[-1]:.0f} s", flush=True)
+            result.add(part)
+            result.seconds.append(time.perf_counter() - began)
+            if len(result.seconds) % 25 == 0:
+                print(f"{len(result.seconds)} parts in {result.seconds[-1]:.0f} s", flush=True)
             if result.seconds[-1] > options.limit_seconds:
                 stream.close()
                 return result
-    if not result.rows:
-        raise ValueError("all parts asked for are already in the cache: name another --cache")
     return result
 
 
@@ -119,7 +144,9 @@ def statistics(rows: list[list[float]]) -> list[dict]:
 
 
 def pace(seconds: list[float]) -> dict:
-    """Parts a second over all, and over the last half, which compiles little."""
+    """Parts a second over all that were made, and over their last half, which compiles little."""
+    if not seconds:
+        return {}
     half = len(seconds) // 2
     later = seconds[-1] - seconds[half - 1] if half else seconds[-1]
     return {
@@ -138,12 +165,14 @@ def show(rows: list[dict], facts: dict, seconds: float) -> None:
     console = Console()
     console.print(table)
     reasons = ", ".join(f"{n} {why}" for why, n in sorted(facts["rejected"].items())) or "none"
-    console.print(
-        f"{facts['parts']} of {facts['asked']} parts in {seconds:.0f} s: "
-        f"{facts['parts_per_second']:.2f} a second, "
-        f"in the last half {facts['parts_per_second_last_half']:.2f}; "
-        f"{facts['compile_seconds']:.0f} s of compilation; rejected: {reasons}"
-    )
+    text = f"{facts['parts']} of {facts['asked']} parts, {facts['made']} of them made now"
+    if facts["made"]:
+        text += (
+            f", in {seconds:.0f} s: {facts['parts_per_second']:.2f} a second, "
+            f"in the last half {facts['parts_per_second_last_half']:.2f}; "
+            f"{facts['compile_seconds']:.0f} s of compilation"
+        )
+    console.print(f"{text}; rejected: {reasons}")
 
 
 # -------------------------------------------------------------------------- picture ---
@@ -207,7 +236,11 @@ def main(options: Options, arguments: list[str] | None = None) -> None:
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(seconds) if event == COMPILATION else None
     )
-    result = made(options)
+    if not asked(options):
+        raise ValueError(
+            f"share {options.share} of {options.train} and {options.test} parts is empty"
+        )
+    began, result = time.perf_counter(), seen(options)
     rows = statistics(result.rows)
     facts = {
         "size": options.size,
@@ -215,14 +248,16 @@ def main(options: Options, arguments: list[str] | None = None) -> None:
         "precision": "float64",
         "solver_version": lpbf.VERSION[options.size],
         "inherent_strain": lpbf.STRAIN,
-        "asked": options.train + options.test,
+        "note": "stress is counted from the top of the first layer on",
+        "asked": len(asked(options)),
         "parts": len(result.rows),
+        "made": len(result.seconds),
         "rejected": dict(result.rejected),
         "compile_seconds": sum(compiled),
         **pace(result.seconds),
     }
     path = options.out / f"lpbf_parts_{options.size}.json"
-    seconds = result.seconds[-1]
+    seconds = result.seconds[-1] if result.seconds else time.perf_counter() - began
     command = records.command("lpbf_parts", arguments)
     records.write(path, rows, command=command, seconds=seconds, **facts)
     picture(path.with_suffix(".png"), result.pictured)

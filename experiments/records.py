@@ -32,11 +32,13 @@ def text(record: dict, rows: list[dict]) -> str:
 
 
 def command(name: str, arguments: list[str] | None) -> str:
-    """The command line that ran this, but for where the record lies."""
+    """The command line that ran this, but for where the record and generated data lie."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "--out" in given:
         at = given.index("--out")
         del given[at : at + 2]
+    if "--cache" in given:
+        given[given.index("--cache") + 1] = "FOLDER"
     return " ".join([f"python -m experiments.{name}", *given])
 
 

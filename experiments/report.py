@@ -184,9 +184,13 @@ def parts(records: dict, published: dict) -> str:
         ]
         why = ", ".join(f"{n} {reason}" for reason, n in r["rejected"].items())
         text += table([r["size"], *keys], rows)
-        text += f"\n{r['parts']} of {r['asked']} parts, {r['parts_per_second']:.2f} a second, "
-        text += f"{r['parts_per_second_last_half']:.2f} in the last half, which compiles little; "
-        text += f"rejected: {why}.\n"
+        text += f"\n{r['parts']} of {r['asked']} parts"
+        if "parts_per_second" in r:
+            text += f", {r['parts_per_second']:.2f} a second"
+            text += (
+                f", {r['parts_per_second_last_half']:.2f} in the last half, which compiles little"
+            )
+        text += f"; rejected: {why}{note(r)}.\n"
         text += source(name, r) + picture(name)
     return text
 

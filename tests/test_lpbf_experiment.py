@@ -30,10 +30,13 @@ def test_the_mean_predictor_looks_good_in_the_published_metric():
 
 
 def test_the_record_names_no_folder_of_this_machine(tmp_path):
-    command = lpbf.told(["--out", "x.json", "--data", str(tmp_path), "--epochs", "5"])
-    assert command == "python -m experiments.lpbf --data FOLDER --epochs 5"
+    folders = ["--data", str(tmp_path), "--cache", str(tmp_path)]
+    command = lpbf.told(["--out", "x.json", *folders, "--epochs", "5"])
+    assert command == "python -m experiments.lpbf --data FOLDER --cache FOLDER --epochs 5"
     config = lpbf.configuration(lpbf.parse(["--out", "x.json", "--epochs", "5"]))
     assert (config.train.epochs, config.train.seeds, config.train.batch_size) == (5, 2, 1)
+    one = lpbf.configuration(lpbf.parse(["--out", "x.json", "--seed", "1", "--seeds", "1"])).train
+    assert (one.seed, one.seeds) == (1, 1)
     assert (config.model.num_latents, config.optimizer.weight_decay) == (128, 1e-4)
 
 

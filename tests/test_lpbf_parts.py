@@ -33,18 +33,31 @@ def test_the_pace_of_the_last_half_leaves_out_the_first():
     pace = lpbf_parts.pace([10.0, 20.0, 21.0, 22.0])
     assert pace == {"parts_per_second": 4 / 22, "parts_per_second_last_half": 1.0}
     assert lpbf_parts.pace([4.0])["parts_per_second_last_half"] == 0.25
+    assert lpbf_parts.pace([]) == {}
 
 
-@pytest.mark.parametrize("limit, parts", [(np.inf, 3), (0.0, 1)])
-def test_a_record_and_a_picture_are_written(tmp_path, monkeypatch, capsys, limit, parts):
+def test_a_record_and_a_picture_are_written(tmp_path, monkeypatch, capsys):
+    """A command that its limit cut off goes on with what is missing; then all is read."""
     monkeypatch.setitem(SIZES, "small", SIZES["small"]._replace(widths=(3.0, 3.0)))
-    options = lpbf_parts.Options(tmp_path, train=2, test=1, size="small", limit_seconds=limit)
-    options = dataclasses.replace(options, cache=tmp_path / "cache")
+    options = lpbf_parts.Options(tmp_path, train=2, test=1, size="small", cache=tmp_path / "cache")
+    lpbf_parts.seen(dataclasses.replace(options, limit_seconds=0.0))
     lpbf_parts.main(options, ["--out", str(tmp_path), "--train", "2", "--test", "1"])
     record = json.loads((tmp_path / "lpbf_parts_small.json").read_text())
     assert record["command"] == "python -m experiments.lpbf_parts --train 2 --test 1"
-    assert record["parts"] == parts and record["asked"] == 3
+    assert (record["parts"], record["asked"], record["made"]) == (3, 3, 2)
     assert record["solver_version"] == lpbf.VERSION["small"]
     assert record["rows"][0]["ours"]["min"] >= 8
     assert (tmp_path / "lpbf_parts_small.png").stat().st_size > 10_000
-    assert f"{parts} of 3 parts" in capsys.readouterr().out
+    assert "3 of 3 parts, 2 of them made now, in" in capsys.readouterr().out
+    whole, half = (
+        lpbf_parts.seen(dataclasses.replace(options, share=share)) for share in ((0, 1), (1, 2))
+    )
+    assert lpbf_parts.statistics(whole.rows) == record["rows"] and whole.seconds == []
+    assert dict(whole.rejected) == record["rejected"]
+    assert half.rows == whole.rows[1:2]
+
+
+def test_a_share_without_parts_is_refused(tmp_path):
+    options = lpbf_parts.Options(tmp_path, train=1, test=1, share=(2, 3), cache=tmp_path)
+    with pytest.raises(ValueError, match=r"share \(2, 3\) of 1 and 1 parts is empty"):
+        lpbf_parts.main(options)

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import tempfile
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -259,16 +260,22 @@ def inside(folder: Path, name: str) -> Path:
 def write_part(path: Path, part, **facts) -> None:
     """Writes a part of `solvers/lpbf.py` into an .npz file, all of it or nothing.
 
-    Its name and the `facts` go into `_metadata`, as JSON.
+    Its name and the `facts` go into `_metadata`, as JSON. Compressed lightly: a fifth of the time
+    that NumPy's own level takes, for files as large within a few percent.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = json.dumps({"metadata": {"case_id": part.name, **facts}})
     names = ("pos", "elems", "edge_index", "disp", "vmstr")
-    arrays = {name: getattr(part, name) for name in names}
+    arrays = {name: getattr(part, name) for name in names} | {"_metadata": np.array([metadata])}
     handle, temporary = tempfile.mkstemp(suffix=".partial", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays, _metadata=np.array([metadata]))
+        with (
+            os.fdopen(handle, "wb") as raw,
+            zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
+        ):
+            for name, array in arrays.items():
+                with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, array, allow_pickle=False)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

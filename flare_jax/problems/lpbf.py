@@ -223,27 +223,46 @@ def generated(
     return part_paths(folder, split, count)
 
 
-def part_paths(folder: Path, split: str, count: int) -> list[Path]:
-    first = FIRST_INDEX[split]
-    return [folder / split / f"part_{first + i:07d}.npz" for i in range(count)]
+def part_paths(folder: Path, split: str, count: int, share: tuple[int, int] = (0, 1)) -> list[Path]:
+    """Files of the first `count` parts of a split; share (k, n): of parts k, k + n, k + 2 n, ...
+
+    Raises:
+        ValueError: for a share that does not exist.
+    """
+    return [folder / split / f"part_{i:07d}.npz" for i in part_numbers(split, count, share)]
+
+
+def part_numbers(split: str, count: int, share: tuple[int, int]) -> range:
+    k, n = share
+    if not 0 <= k < n:
+        raise ValueError(f"share must be (k, n) with 0 <= k < n, got {share}")
+    return range(FIRST_INDEX[split] + k, FIRST_INDEX[split] + count, n)
 
 
 def make_missing(
-    config: LPBFConfig, folder: Path, split: str, count: int, **options
+    config: LPBFConfig,
+    folder: Path,
+    split: str,
+    count: int,
+    *,
+    progress: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[solver.PartMesh]:
     """Makes and keeps the parts that are missing of the first `count` of a split, and yields them.
 
     Part i follows from (data_seed, i) alone, so a command that is cut off goes on where it stopped
-    and asking for more changes none of the others. `options` are those of `solver.generate`.
+    and asking for more changes none of the others. `share` is that of `part_paths`: n processes,
+    each with another k, fill one folder.
     """
-    paths, first = part_paths(folder, split, count), FIRST_INDEX[split]
-    done = next((i for i, path in enumerate(paths) if not path.exists()), count)
-    if done == count:
+    wanted = part_numbers(split, count, share), part_paths(folder, split, count, share)
+    missing = {i: path for i, path in zip(*wanted, strict=True) if not path.exists()}
+    if not missing:
         return
     facts = {"seed": config.data_seed, "size": config.size}
-    made = solver.generate(range(first + done, first + count), **facts, **options)
-    for path, part in zip(paths[done:], made, strict=True):
-        meshes.write_part(path, part, **facts, version=solver.VERSION[config.size])
+    made = solver.generate(list(missing), **facts, progress=progress)
+    for path, part in zip(missing.values(), made, strict=True):
+        about = facts | {"version": solver.VERSION[config.size], "rejected": part.rejected}
+        meshes.write_part(path, part, **about)
         yield part
 
 

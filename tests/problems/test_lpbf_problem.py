@@ -22,6 +22,7 @@ class Part(NamedTuple):
     edge_index: np.ndarray
     disp: np.ndarray
     vmstr: np.ndarray
+    rejected: tuple[str, ...] = ()
 
 
 class Solver:
@@ -58,10 +59,20 @@ def test_generated_parts_are_kept_and_more_of_them_change_none(solver, tmp_path)
     assert len(solver.made) == 9
     (few["test"][1]).unlink()  # as if cut off there
     split_files(dataclasses.replace(config, num_test=5), progress=False)
-    assert solver.made[9:] == [1_000_001, 1_000_002, 1_000_003, 1_000_004]
+    assert solver.made[9:] == [1_000_001, 1_000_003, 1_000_004]
     folder = few["train"][0].parents[1]
     other = split_files(LPBFConfig(data=folder, **SIZES), progress=False)
     assert set(other["train"]) == set(few["train"])  # the cache is a folder as published
+
+
+def test_shares_fill_one_folder(solver, tmp_path):
+    config, folder = LPBFConfig(cache=tmp_path), tmp_path / "parts"
+    made = lambda k: [p.name for p in lpbf.make_missing(config, folder, "train", 5, share=(k, 2))]
+    assert made(1) == ["part_1_paper", "part_3_paper"] and made(1) == []
+    assert made(0) == ["part_0_paper", "part_2_paper", "part_4_paper"]
+    assert all(path.exists() for path in lpbf.part_paths(folder, "train", 5))
+    with pytest.raises(ValueError, match=r"share must be \(k, n\) with 0 <= k < n, got \(2, 2\)"):
+        made(2)
 
 
 def test_inputs_are_scaled_positions_and_the_target_is_vertical(solver, tmp_path):
@@ -114,7 +125,7 @@ def test_bad_requests_say_what_is_wrong(solver, tmp_path):
 
 def test_each_size_has_a_folder_and_a_scale_of_its_own(tmp_path):
     paper, small = (LPBFConfig(size=size, cache=tmp_path) for size in ("paper", "small"))
-    kept = "lpbf-paper-8a18a5979cb4e7e5"  # of parts that are made already
+    kept = "lpbf-paper-eceedb6bf8f0de87"  # of parts that are made already
     assert lpbf.generated_folder(paper).name == kept
     assert lpbf.generated_folder(paper) != lpbf.generated_folder(small)
     for size, (box, *_) in parts.SIZES.items():

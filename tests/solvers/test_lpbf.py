@@ -1,5 +1,3 @@
-import collections
-
 import jax
 import numpy as np
 import pytest
@@ -201,19 +199,35 @@ def test_generated_parts_are_within_the_limits(parts):
         n, largest = len(part.pos), np.abs(part.pos).max(0)
         assert 8 < n <= lpbf.MAX_NODES["small"] and part.edge_index.shape[1] <= lpbf.MAX_EDGES
         assert (largest[:2] <= 10.001).all() and largest[2] <= 20.001 and part.pos.min(0)[2] == 0
-        assert 0 < np.abs(part.disp[:, 2]).max() <= 1 and 0 < part.vmstr.max() <= 2000
+        assert 0 < np.abs(part.disp[:, 2]).max() <= 1 and 0 < lpbf.largest_stress(part) <= 2000
         assert part.disp.shape == (n, 3) and part.vmstr.shape == (n,)
         assert part.elems.min() == 0 and part.elems.max() == n - 1
-        assert [a.dtype.name for a in part[1:]] == ["float32", "int32", "int32"] + ["float32"] * 2
+        assert [a.dtype.name for a in part[1:6]] == ["float32", "int32", "int32"] + ["float32"] * 2
     assert len({part.name for part in parts}) == 4
 
 
-def test_rejected_candidates_are_counted(monkeypatch):
-    rejected = collections.Counter()
+def test_a_part_says_why_candidates_before_it_were_rejected(monkeypatch, parts):
+    monkeypatch.setattr(lpbf, "too_big", lambda part, most: None if calls.pop() else "too big")
+    monkeypatch.setattr(lpbf, "simulate", lambda solid, voxel, name: parts[0])
+    calls = [True, False, False]
+    (part,) = lpbf.generate(range(1), seed=0, size="small", progress=False)
+    assert part.rejected == ("too big", "too big")
+
+
+def test_stress_at_the_plate_rejects_nothing(parts):
+    part, plate = parts[0], parts[0].pos[:, 2] == 0
+    assert part.vmstr[plate].max() > lpbf.largest_stress(part)
+    high = part._replace(vmstr=np.where(plate, np.float32(3000), part.vmstr))
+    assert lpbf.too_much(high) is None
+    low = np.float32([[0, 0, 0], [0, 0, 1]])  # lower than a layer
+    assert lpbf.largest_stress(part._replace(pos=low, vmstr=np.array([9.0, 2.0]))) == 2
+
+
+def test_candidates_beyond_the_limits_are_rejected(monkeypatch):
     monkeypatch.setattr(lpbf, "MAX_STRESS", 1.0)
     monkeypatch.setattr(lpbf, "MAX_ATTEMPTS", 1)
     with pytest.raises(lpbf.SolverError, match="part 0 .seed 0, small.: none of 1 candidates"):
-        next(lpbf.generate(range(1), seed=0, size="small", progress=False, rejected=rejected))
+        next(lpbf.generate(range(1), seed=0, size="small", progress=False))
     monkeypatch.setattr(lpbf, "MAX_DISPLACEMENT", 1e-6)
     part = lpbf.simulate(table(), VOXEL, layer=2.5)
     assert lpbf.too_much(part) == "over 1e-06 mm"
