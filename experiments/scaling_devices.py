@@ -112,7 +112,10 @@ class Step:
             )
             state, sample = put(state, P()), put(sample, P(None, parallel.TOKENS))
             whole = NamedSharding(self.mesh, P())
-            jitted = jax.jit(self.step(), donate_argnums=0, out_shardings=whole)
+            options = parallel.compiler_options(self.mesh)
+            jitted = jax.jit(
+                self.step(), donate_argnums=0, out_shardings=whole, compiler_options=options
+            )
         start = time.perf_counter()
         self.compiled = jitted.lower(state, sample).compile()
         self.compile_seconds = time.perf_counter() - start

@@ -31,6 +31,11 @@ from flare_jax.problems.problem import Split
 DATA, TOKENS = "data", "tokens"
 BATCH = P(DATA, TOKENS)  # of arrays [B, N, ...]
 
+# XLA's scheduler of programs with messages. To have work behind which to hide those, it puts off
+# weight gradients until the sum over devices: that of the last MLP then keeps two arrays of points
+# through the backward pass of all blocks. Messages here are short: there is little to hide.
+SCHEDULER = "xla_gpu_enable_latency_hiding_scheduler"
+
 # Path of a parameter -> the axis, from the last, that `fsdp` cuts; the first rule that matches.
 RULES = ((r"kernel$", -1), (r"latent_q$", -3))
 
@@ -262,6 +267,15 @@ def _reduced(gradient, spec, mesh: Mesh):
     else:
         gradient = lax.psum(gradient, (DATA, TOKENS))
     return gradient / jnp.asarray(mesh.shape[DATA], gradient.dtype)
+
+
+def compiler_options(mesh: Mesh | None) -> dict[str, bool]:
+    """`jax.jit`'s for a training step on `mesh`: with them a device needs the memory of its share.
+
+    Only the outermost `jit` takes them.
+    """
+    on_gpus = mesh is not None and mesh.devices.flat[0].platform == "gpu"
+    return {SCHEDULER: False} if on_gpus else {}
 
 
 def over_samples(f: Callable, mesh: Mesh | None) -> Callable:

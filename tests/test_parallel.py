@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -173,6 +174,16 @@ def test_the_step_moves_no_points_but_predictions(remat):
         return
     grid = functools.partial(derivative_loss, shape=(64, 128))
     assert sorted(moved(grid)) == [partial_sums] * blocks + [points] * 2
+
+
+def test_steps_on_gpus_are_compiled_for_memory():
+    gpu = types.SimpleNamespace(platform="gpu")
+    mesh = types.SimpleNamespace(devices=np.array([[gpu, gpu]], dtype=object))
+    options = parallel.compiler_options(mesh)
+    assert list(options.values()) == [False]
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # XLA knows the option
+    for mesh in (None, parallel.make_mesh("tokens=8", 1)):  # other compilers need not
+        assert parallel.compiler_options(mesh) == {}
 
 
 def test_default_meshes_use_every_device():

@@ -317,7 +317,7 @@ def make_program(problem, config, bucket, tx, apply, run, mesh, fsdp) -> Callabl
     )
     value_and_grad = parallel.value_and_grad(mesh, fsdp)
     train_step = make_train_step(loss, tx, config.optimizer.ema_decay, value_and_grad)
-    options = {}
+    options = {"compiler_options": parallel.compiler_options(mesh)}
     if mesh is not None:
         state = jax.tree.map(lambda x: x.sharding, run.state)
         options["out_shardings"] = state, NamedSharding(mesh, PartitionSpec())
