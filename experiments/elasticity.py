@@ -48,6 +48,7 @@ class Options:
     out: Path  # folder for the record, the figures and the runs
     data: Path | None = None  # folder of the published files; None generates samples
     cache: Path | None = None  # folder for generated samples
+    num_train: int = 1000  # training samples
     epochs: int = 500  # passes over the training samples
     precision: Precision = "tf32"  # of products
     seed: int = 0  # the first
@@ -60,7 +61,7 @@ class Options:
 def configuration(options: Options, **changes) -> Config:
     """The paper preset with these options, and other values of the model config."""
     config = preset("elasticity", "paper")
-    problem = {"data": options.data, "cache": options.cache}
+    problem = {"data": options.data, "cache": options.cache, "num_train": options.num_train}
     train = {
         name: getattr(options, name)
         for name in ("epochs", "precision", "seed", "seeds", "eval_every")

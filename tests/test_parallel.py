@@ -176,12 +176,12 @@ def test_the_step_moves_no_points_but_predictions(remat):
     assert sorted(moved(grid)) == [partial_sums] * blocks + [points] * 2
 
 
-def test_steps_on_gpus_are_compiled_for_memory():
-    gpu = types.SimpleNamespace(platform="gpu")
-    mesh = types.SimpleNamespace(devices=np.array([[gpu, gpu]], dtype=object))
-    options = parallel.compiler_options(mesh)
-    assert list(options.values()) == [False]
-    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # XLA knows the option
+def test_xla_knows_the_options_of_steps_on_gpus():
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")
+    for count, options in ((1, parallel.ONE_GPU), (2, parallel.MANY_GPUS)):
+        mesh = types.SimpleNamespace(devices=np.array([[gpu] * count], dtype=object), size=count)
+        assert parallel.compiler_options(mesh) == options
+        assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
     for mesh in (None, parallel.make_mesh("tokens=8", 1)):  # other compilers need not
         assert parallel.compiler_options(mesh) == {}
 

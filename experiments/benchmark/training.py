@@ -19,16 +19,12 @@ from flare_jax.models import FLAREConfig, FLAREModel, functional
 from flare_jax.models.convert import abstract_params
 from flare_jax.ops.flare import IMPLEMENTATIONS
 from flare_jax.ops.fused.mlp_plans import SEEDS
+from flare_jax.parallel import compiler_options
 from flare_jax.problems import darcy
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import Normalizer, Split
 from flare_jax.train.optimizer import OptimizerConfig, make_optimizer
-from flare_jax.train.step import (
-    compiler_options,
-    init_state,
-    make_train_step,
-    surrogate_loss,
-)
+from flare_jax.train.step import init_state, make_train_step, surrogate_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +178,7 @@ def make_steps(case: Case, apply: Callable):
     steps = case.over_seeds(functools.partial(jax.lax.scan, train_step))
     start = functools.partial(init_state, tx=tx)
     start = jax.vmap(start) if case.seeds > 1 else start
-    return start, jax.jit(steps, donate_argnums=0, compiler_options=compiler_options())
+    return start, jax.jit(steps, donate_argnums=0, compiler_options=compiler_options(None))
 
 
 def jax_row(case: Case, name: str | None, **shared) -> Row:

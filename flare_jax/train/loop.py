@@ -46,13 +46,7 @@ from flare_jax.train.config import Config, to_dict
 from flare_jax.train.errors import make_errors
 from flare_jax.train.log import MetricsFile, progress_bar
 from flare_jax.train.optimizer import make_optimizer
-from flare_jax.train.step import (
-    TrainState,
-    compiler_options,
-    init_state,
-    make_train_step,
-    surrogate_loss,
-)
+from flare_jax.train.step import TrainState, init_state, make_train_step, surrogate_loss
 
 # "tf32" is three bfloat16 products (2^-16), as in the kernels; TF32 itself has 2^-11
 MATMUL = {"float32": "highest", "tf32": "BF16_BF16_F32_X3", "bfloat16": "bfloat16"}
@@ -126,7 +120,7 @@ def make_chunk(train_step: Callable, **options) -> Callable:
         return jax.lax.scan(lambda state, rows: train_step(state, take(rows)), state, rows)
 
     seeds = jax.vmap(chunk, in_axes=(0, None, 0), axis_name=SEEDS)
-    return jax.jit(seeds, donate_argnums=0, compiler_options=compiler_options(), **options)
+    return jax.jit(seeds, donate_argnums=0, **options)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

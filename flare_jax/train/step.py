@@ -63,16 +63,6 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def compiler_options() -> dict[str, str]:
-    """For `jax.jit` of training steps: on an NVIDIA GPU, kernels that do not need each other run at
-    once, as far as they leave room. A step on few points is a chain of small kernels, beside which
-    sums of weight gradients and the optimizer's pieces then cost nothing.
-    """
-    if jax.default_backend() != "gpu" or "nvidia" not in jax.devices()[0].device_kind.lower():
-        return {}
-    return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-
-
 def norm(tree: Params) -> jax.Array:
     """Global L2 norm, taken as that of one vector: a single sum instead of one for each leaf."""
     return jnp.linalg.norm(ravel_pytree(tree)[0])
