@@ -102,7 +102,7 @@ class Step:
         self.tx = make_optimizer(OptimizerConfig(), 10_000)
         state = jax.eval_shape(functools.partial(init_state, tx=self.tx), self.shapes)
         sample = Split(*(jax.ShapeDtypeStruct((1, row.points, d), jnp.float32) for d in (3, 1)))
-        options = dict(donate_argnums=0, compiler_options=parallel.compiler_options(self.mesh))
+        options = {"compiler_options": parallel.compiler_options(row.points, self.mesh)}
         if self.mesh is not None:
             put = lambda tree, spec: jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(
@@ -113,7 +113,8 @@ class Step:
             state, sample = put(state, P()), put(sample, P(None, parallel.TOKENS))
             options["out_shardings"] = NamedSharding(self.mesh, P())
         start = time.perf_counter()
-        self.compiled = jax.jit(self.step(), **options).lower(state, sample).compile()
+        jitted = jax.jit(self.step(), donate_argnums=0, **options)
+        self.compiled = jitted.lower(state, sample).compile()
         self.compile_seconds = time.perf_counter() - start
 
     def step(self):

@@ -36,8 +36,10 @@ BATCH = P(DATA, TOKENS)  # of arrays [B, N, ...]
 # through the backward pass of all blocks. Messages here are short: there is little to hide.
 MANY_GPUS = {"xla_gpu_enable_latency_hiding_scheduler": False}
 # Kernels that do not need each other run at once. A step on few points is a chain of small kernels,
-# beside which sums of weight gradients and the pieces of the optimizer then cost little.
-ONE_GPU = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+# beside which sums of weight gradients and the pieces of the optimizer then cost little. Arrays
+# live longer (3,200 bytes a point where 2,260 would do), so not for many points.
+FEW_POINTS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+MANY = 2**16
 
 # Path of a parameter -> the axis, from the last, that `fsdp` cuts; the first rule that matches.
 RULES = ((r"kernel$", -1), (r"latent_q$", -3))
@@ -272,15 +274,16 @@ def _reduced(gradient, spec, mesh: Mesh):
     return gradient / jnp.asarray(mesh.shape[DATA], gradient.dtype)
 
 
-def compiler_options(mesh: Mesh | None = None) -> dict[str, bool | str]:
-    """`jax.jit`'s for a training step: less time on one GPU, less memory on many, see above.
-
-    Only the outermost `jit` takes them.
+def compiler_options(points: int, mesh: Mesh | None = None) -> dict[str, bool | str]:
+    """`jax.jit`'s for a training step on so many points: less time if they are few, less memory on
+    many GPUs, see above. Only the outermost `jit` takes them.
     """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     if device.platform != "gpu" or "nvidia" not in device.device_kind.lower():
         return {}
-    return ONE_GPU if mesh is None or mesh.size == 1 else MANY_GPUS
+    if mesh is not None and mesh.size > 1:
+        return MANY_GPUS
+    return FEW_POINTS if points < MANY else {}
 
 
 def over_samples(f: Callable, mesh: Mesh | None) -> Callable:

@@ -178,12 +178,18 @@ def test_the_step_moves_no_points_but_predictions(remat):
 
 def test_xla_knows_the_options_of_steps_on_gpus():
     gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")
-    for count, options in ((1, parallel.ONE_GPU), (2, parallel.MANY_GPUS)):
-        mesh = types.SimpleNamespace(devices=np.array([[gpu] * count], dtype=object), size=count)
-        assert parallel.compiler_options(mesh) == options
+    mesh = lambda n: types.SimpleNamespace(devices=np.array([gpu] * n, dtype=object), size=n)
+    few, many = 1000, 10**6
+    assert parallel.compiler_options(many, mesh(1)) == {}
+    for points, count, options in (
+        (few, 1, parallel.FEW_POINTS),
+        (few, 2, parallel.MANY_GPUS),
+        (many, 2, parallel.MANY_GPUS),
+    ):
+        assert parallel.compiler_options(points, mesh(count)) == options
         assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
     for mesh in (None, parallel.make_mesh("tokens=8", 1)):  # other compilers need not
-        assert parallel.compiler_options(mesh) == {}
+        assert parallel.compiler_options(few, mesh) == {}
 
 
 def test_default_meshes_use_every_device():

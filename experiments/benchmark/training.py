@@ -178,7 +178,8 @@ def make_steps(case: Case, apply: Callable):
     steps = case.over_seeds(functools.partial(jax.lax.scan, train_step))
     start = functools.partial(init_state, tx=tx)
     start = jax.vmap(start) if case.seeds > 1 else start
-    return start, jax.jit(steps, donate_argnums=0, compiler_options=compiler_options(None))
+    options = compiler_options(case.seeds * case.batch * case.tokens)
+    return start, jax.jit(steps, donate_argnums=0, compiler_options=options)
 
 
 def jax_row(case: Case, name: str | None, **shared) -> Row:

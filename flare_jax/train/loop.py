@@ -311,7 +311,9 @@ def make_program(problem, config, bucket, tx, apply, run, mesh, fsdp) -> Callabl
     )
     value_and_grad = parallel.value_and_grad(mesh, fsdp)
     train_step = make_train_step(loss, tx, config.optimizer.ema_decay, value_and_grad)
-    options = {"compiler_options": parallel.compiler_options(mesh)}
+    t, size = config.train, bucket.y.shape[1]
+    points = t.seeds * max(t.batch_size * size, t.batch_tokens or 0)
+    options = {"compiler_options": parallel.compiler_options(points, mesh)}
     if mesh is not None:
         state = jax.tree.map(lambda x: x.sharding, run.state)
         options["out_shardings"] = state, NamedSharding(mesh, PartitionSpec())

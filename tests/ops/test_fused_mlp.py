@@ -79,10 +79,11 @@ def test_plan_counts_the_models_side_by_side():
         jax.make_jaxpr(jax.vmap(f, axis_name=SEEDS))(jnp.zeros(models))
         return found[0].forward.tile if found[0].apart else None
 
-    assert mlp.plan_for(1944, 64, "native") == few(16)
-    assert [tile_of(n, 1944, 64, "bf16x3") for n in (1, 2, 4, 5)] == [16, 32, 64, None]
+    assert mlp.plan_for(1944, 64, "native") == few(32, 8)
+    assert [tile_of(n, 1944, 64, "bf16x3") for n in (1, 2, 4, 5)] == [16, 32, 32, None]
     assert [tile_of(n, 1944, 64, "ieee") for n in (1, 2)] == [16, None]
     assert [tile_of(n, 1944, 128, "native") for n in (1, 2)] == [16, None]
+    assert [tile_of(n, 1000, 64, "native") for n in (4, 8, 9)] == [32, 32, None]
 
 
 @pytest.mark.parametrize("act", ["gelu", "silu"])

@@ -40,9 +40,10 @@ def streamed(tile: int, warps: int, programs: int) -> Tile:
     return Tile(tile, warps, programs, stages=1, resident=0, bias=False)
 
 
-def few(tile: int) -> Plan:
+def few(tile: int, warps: int) -> Plan:
     """One tile a program, whose weight gradients are written once and never held: one segment."""
-    return Plan(streamed(tile, 8, SMS), ((5, streamed(tile, 8, SMS)),), apart=True)
+    one = streamed(tile, warps, 2 * SMS)
+    return Plan(one, ((5, one),), apart=True)
 
 
 # (C, precision) -> Plan; "native" is bfloat16 and float16.
@@ -67,10 +68,14 @@ PLANS = {
 
 def plan_for(tokens: int, width: int, precision: str) -> Plan:
     """The plan for `tokens` of each of the models side by side (see SEEDS)."""
-    largest = 64 if width <= 64 and precision != "ieee" else 16  # of which a program holds one
-    for tile in (16, 32, 64):
-        if tile <= largest and models() * -(-tokens // tile) <= SMS:
-            return few(tile)
+    programs = lambda tile: models() * -(-tokens // tile)
+    narrow = width <= 64 and precision != "ieee"
+    if narrow and precision == "native" and programs(32) <= SMS:
+        return few(32, 8)
+    if programs(16) <= SMS:
+        return few(16, 8)
+    if narrow and programs(32) <= 2 * SMS:  # two of them fit on a multiprocessor
+        return few(32, 4)
     return PLANS[width, precision]
 
 
