@@ -91,7 +91,8 @@ def about(record: dict) -> str:
 
 def source(name: str, record: dict) -> str:
     """The line below a table."""
-    return f"\n[{name}.json](results/{name}.json): {about(record)}\n"
+    note = f"; {record['note']}" if "note" in record else ""
+    return f"\n[{name}.json](results/{name}.json): {about(record)}{note}\n"
 
 
 def picture(name: str) -> str:
@@ -147,7 +148,7 @@ def runs_in_time(records: dict, published: dict) -> str:
     """Training runs with their validations: how far they came and how long it took."""
     rows, lines = [], []
     for name, r in records.items():
-        lines.append(f"- {source(name, r).strip()}{note(r)}")
+        lines.append(f"- {source(name, r).strip()}")
         if g := r.get("generation"):
             lines[-1] += f"; {g['samples']:,} samples on a grid of {g['grid']} took "
             lines[-1] += f"{g['seconds']:.3g} s, {g['first']:.3g} s with compilation"
@@ -168,10 +169,6 @@ def runs_in_time(records: dict, published: dict) -> str:
     return text + "\n\n" + table(head, rows) + "\n" + "\n".join(lines) + "\n"
 
 
-def note(record: dict) -> str:
-    return f"; {record['note']}" if "note" in record else ""
-
-
 def parts(records: dict, published: dict) -> str:
     """Generated parts of powder bed fusion beside the published set."""
     text = ""
@@ -190,9 +187,27 @@ def parts(records: dict, published: dict) -> str:
             text += (
                 f", {r['parts_per_second_last_half']:.2f} in the last half, which compiles little"
             )
-        text += f"; rejected: {why}{note(r)}.\n"
+        text += f"; rejected: {why}.\n"
         text += source(name, r) + picture(name)
     return text
+
+
+def sizes(records: dict, published: dict) -> str:
+    """What meshes of different sizes cost in training."""
+    rows = []
+    for name, r in records.items():
+        cost, valid = r["cost_of_sizes"], r["rows"][-1]
+        rows.append([name, f"{len(r['seeds'])}", f"{r['epochs_done']:.3g} of {r['epochs']}"])
+        rows[-1] += [number(r["seconds_per_epoch"]), f"{cost['padding']:.1%}"]
+        rows[-1] += [number(cost["points_per_second"] * len(r["seeds"]), ".2f", 1e-6)]
+        rows[-1] += [number(cost["ratio"], ".3f")]
+        rows[-1] += [error(sum(valid[k]) / len(valid[k])) for k in ("valid", "valid_ema")]
+        rows[-1] += [error(r["mean_predictor_rel_l2"])]
+    head = ["", "seeds", "epochs", "s an epoch", "padding", "million real points/s", "ratio"]
+    head += ["validation rel-L2 × 10³", "running average", "mean predictor"]
+    text = "Points of all seeds; ratio: to training on meshes that all have the mean size.\n\n"
+    lines = "".join(source(name, r) for name, r in records.items())
+    return text + table(head, rows) + lines
 
 
 def many_devices(records: dict, published: dict) -> str:
@@ -284,8 +299,7 @@ def benchmark(records: dict, published: dict) -> str:
             rows[-1] += [number(r.get("share_of_bytes_per_s"), ".0%")]
             rows[-1] += [number(r.get("share_of_exps_per_s"), ".0%")]
         head = ["part", "case", "implementation", "worst error", "forward ms", "ms", "peak GB"]
-        text += table([*head, "of copy", "of exp"], rows) + source(name, record)
-        text += f"\n{record['note']}\n\n" if "note" in record else "\n"
+        text += table([*head, "of copy", "of exp"], rows) + source(name, record) + "\n"
     return text
 
 
@@ -383,6 +397,7 @@ SECTIONS: list[tuple[str, Belongs, Callable[[dict, dict], str]]] = [
     ("Training, in time", lambda n, r: bool({"history", "generation"} & r.keys()), runs_in_time),
     ("Ablations on elasticity", named("ablations"), ablations),
     ("Generated parts of powder bed fusion", named("lpbf_parts"), parts),
+    ("Meshes of different sizes", lambda n, r: "cost_of_sizes" in r, sizes),
     ("Beside a Fourier neural operator, 16 × 16 nodes", named("darcy_16"), darcy_16),
     (
         "Time and memory of one layer",
