@@ -110,7 +110,6 @@ PRESETS = {
         "num_blocks": 8,
         "num_heads": 8,
         "num_latents": 128,
-        "scan_blocks": True,  # compiles faster, and there is a program for each size
         "epochs": 250,
         "eval_every": 10,
         "batch_size": 1,

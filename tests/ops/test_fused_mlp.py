@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flare_jax.ops.fused import mlp
+from flare_jax.ops.fused import mlp, mlp_plans
 from flare_jax.ops.fused.mlp_plans import SEEDS, few
 
 # tiny tiles, few programs: several tiles a program, two and one layers a segment
@@ -84,6 +84,16 @@ def test_plan_counts_the_models_side_by_side():
     assert [tile_of(n, 1944, 64, "ieee") for n in (1, 2)] == [16, None]
     assert [tile_of(n, 1944, 128, "native") for n in (1, 2)] == [16, None]
     assert [tile_of(n, 1000, 64, "native") for n in (4, 8, 9)] == [32, 32, None]
+
+
+def test_programs_share_the_tiles_evenly():
+    base = mlp_plans.PLANS[64, "bf16x3"]
+    for tokens in (20_224, 17_000, 10**6):
+        tile = mlp.plan_for(tokens, 64, "bf16x3").forward
+        tiles = -(-tokens // tile.tile)
+        most = -(-tiles // base.forward.programs)  # of one program, with the table's number
+        assert (tile.programs - 1) * most < tiles <= tile.programs * most
+        assert tile.programs <= base.forward.programs
 
 
 @pytest.mark.parametrize("act", ["gelu", "silu"])

@@ -14,7 +14,10 @@ SEEDS = "seeds"  # the axis name of a `vmap` over models: how many work at once 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How one kernel walks the tokens: `programs` programs, `tile` tokens at a time."""
+    """How one kernel walks the tokens: `programs` programs, `tile` tokens at a time.
+
+    In the table so many programs fill an H100; a plan has as many as share the tiles evenly.
+    """
 
     tile: int
     warps: int
@@ -76,7 +79,22 @@ def plan_for(tokens: int, width: int, precision: str) -> Plan:
         return few(16, 8)
     if narrow and programs(32) <= 2 * SMS:  # two of them fit on a multiprocessor
         return few(32, 4)
-    return PLANS[width, precision]
+    return even(PLANS[width, precision], tokens)
+
+
+def even(plan: Plan, tokens: int) -> Plan:
+    """The plan with programs that all have as many tiles, or one less: no more partial sums of
+    weight gradients than that takes, and no last tile for which most of the device waits.
+    """
+
+    def tile(t: Tile) -> Tile:
+        tiles = -(-tokens // t.tile)
+        rounds = -(-models() * tiles // t.programs)
+        return dataclasses.replace(t, programs=-(-tiles // rounds))
+
+    backward = tuple((layers, tile(t)) for layers, t in plan.backward)
+    norm = plan.norm and tile(plan.norm)
+    return dataclasses.replace(plan, forward=tile(plan.forward), backward=backward, norm=norm)
 
 
 def models() -> int:
