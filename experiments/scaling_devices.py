@@ -67,7 +67,7 @@ class Row:
         return {"part": self.part, **names, "N": self.points, "devices": self.devices}
 
 
-def model(c: int, m: int, remat: bool = True, scan: bool = True, **change) -> FLAREConfig:
+def model(c: int, m: int, remat: bool = True, scan: bool = False, **change) -> FLAREConfig:
     config = FLAREConfig(c, num_blocks=8, num_latents=m, remat=remat, scan_blocks=scan)
     return dataclasses.replace(config, **change)
 

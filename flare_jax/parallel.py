@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -251,8 +252,7 @@ def value_and_grad(mesh: Mesh | None, fsdp: bool = False) -> Callable:
 
             def local(params, batch):
                 loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-                grads = jax.tree.map(lambda g, spec: _reduced(g, spec, mesh), grads, specs)
-                return lax.pmean(loss, DATA), grads
+                return lax.pmean(loss, DATA), _reduced(grads, specs, mesh)
 
             return jax.shard_map(
                 local, mesh=mesh, in_specs=(P(), BATCH), out_specs=(P(), specs), check_vma=False
@@ -263,15 +263,25 @@ def value_and_grad(mesh: Mesh | None, fsdp: bool = False) -> Callable:
     return transform
 
 
-def _reduced(gradient, spec, mesh: Mesh):
-    """The mean over "data" of the sum over "tokens", or this device's part of it."""
-    if DATA in spec:
+def _reduced(grads, specs, mesh: Mesh):
+    """The mean over "data" of the sums over "tokens", or this device's parts of it.
+
+    What every device gets whole is one vector, so one message: where XLA puts gradients together
+    for that, it takes them apart again with a copy for each.
+    """
+    leaves, tree = jax.tree.flatten(grads)
+    axes = [list(spec).index(DATA) if DATA in spec else None for spec in jax.tree.leaves(specs)]
+    one, unravel = ravel_pytree([g for g, axis in zip(leaves, axes, strict=True) if axis is None])
+    sums = iter(unravel(lax.psum(one, (DATA, TOKENS))))
+
+    def reduced(gradient, axis):
+        if axis is None:
+            return next(sums)
         gradient = lax.psum(gradient, TOKENS)
-        axis = list(spec).index(DATA)
-        gradient = lax.psum_scatter(gradient, DATA, scatter_dimension=axis, tiled=True)
-    else:
-        gradient = lax.psum(gradient, (DATA, TOKENS))
-    return gradient / jnp.asarray(mesh.shape[DATA], gradient.dtype)
+        return lax.psum_scatter(gradient, DATA, scatter_dimension=axis, tiled=True)
+
+    mean = lambda g: g / jnp.asarray(mesh.shape[DATA], g.dtype)
+    return tree.unflatten(mean(reduced(g, axis)) for g, axis in zip(leaves, axes, strict=True))
 
 
 def compiler_options(points: int, mesh: Mesh | None = None) -> dict[str, bool | str]:
