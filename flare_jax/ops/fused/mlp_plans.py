@@ -53,7 +53,8 @@ def few(tile: int, warps: int) -> Plan:
 PLANS = {
     (32, "native"): Plan(Tile(64, 4, 528, bias=False), ((5, Tile(64, 4, 264)),)),
     (64, "native"): Plan(
-        Tile(64, 4, 396, bias=False), ((3, Tile(64, 4, 264)), (2, Tile(64, 4, 264)))
+        Tile(64, 4, 264, bias=False),
+        ((3, Tile(64, 4, 264, stages=1, bias=False)), (2, Tile(64, 4, 264))),
     ),
     (128, "native"): Plan(
         Tile(128, 8, 132, bias=False),
@@ -61,7 +62,13 @@ PLANS = {
         norm=Tile(32, 4, 528, stages=1),
     ),
     (32, "bf16x3"): Plan(Tile(64, 4, 528, bias=False), ((3, Tile(64, 4, 264)),)),
-    (64, "bf16x3"): Plan(Tile(64, 4, 264, bias=False), ((2, Tile(64, 4, 264)),)),
+    (64, "bf16x3"): Plan(
+        Tile(64, 4, 264, stages=1, bias=False),
+        (
+            (2, Tile(64, 4, 264, stages=1, resident=2, bias=False)),
+            (2, Tile(64, 4, 264, stages=1, bias=False)),
+        ),
+    ),
     (128, "bf16x3"): Plan(streamed(64, 4, 264), ((1, streamed(64, 4, 132)),)),
     (32, "ieee"): Plan(streamed(32, 4, 264), ((1, streamed(32, 4, 264)),)),
     (64, "ieee"): Plan(streamed(32, 4, 264), ((1, streamed(32, 4, 264)),)),
