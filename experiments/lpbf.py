@@ -9,6 +9,12 @@
     python -m experiments.lpbf --out FILE --epochs 0           # only makes the missing parts
     python -m experiments.lpbf --out FILE --smoke              # tiny, on any machine
 
+A seed on a GPU each, then one record of both:
+
+    CUDA_VISIBLE_DEVICES=0 python -m experiments.lpbf --out A.json --seeds 1 &
+    CUDA_VISIBLE_DEVICES=1 python -m experiments.lpbf --out B.json --seeds 1 --seed 1
+    python -m experiments.lpbf --out FILE --join A.json B.json
+
 A shorter run is the whole recipe, its learning rate schedule included, over fewer epochs. The run
 and its figure go into a folder beside the record; a command that is cut off goes on where it
 stopped. Validation chooses the parameters called `best`; the test samples measure and choose
@@ -63,6 +69,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--eval-every", type=int, default=10, help="epochs between checkpoints")
     parser.add_argument("--seconds", type=float, help="stop training after so long, and save")
     parser.add_argument("--smoke", action="store_true", help="a tiny configuration")
+    parser.add_argument("--join", type=Path, nargs="+", help="records of other seeds, to make one")
     return parser.parse_args(arguments)
 
 
@@ -220,8 +227,50 @@ def mean_and_spread(error: dict) -> str:
     return f"{error['mean']:.5f} +- {error['std']:.5f}"
 
 
+SAME = ("device", "data", "parts", "epochs", "epochs_done", "finished", "precision")
+
+
+def joined(found: list[dict]) -> dict:
+    """One record of runs that differ in their seeds, each on a device of its own.
+
+    Raises ValueError if they differ in anything else, or share a seed.
+    """
+    first = found[0]
+    for name in SAME:
+        if any(r[name] != first[name] for r in found):
+            raise ValueError(f"--join: records differ in {name}: {[r[name] for r in found]}")
+    seeds = [seed for r in found for seed in r["seeds"]]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--join: records share a seed: {[r['seeds'] for r in found]}")
+    together = lambda dicts, name: [x for d in dicts for x in d[name]]
+    record = first | {"seeds": seeds, "note": f"{len(found)} runs, each on a device of its own"}
+    for name in ("seconds", "seconds_per_epoch", "training_seconds"):
+        record[name] = max(r[name] for r in found)
+    record["rows"] = [
+        rows[0] | {name: together(rows, name) for name in ("valid", "valid_ema")}
+        for rows in zip(*(r["rows"] for r in found), strict=True)
+    ]
+    if first["result"] is None:
+        return record
+    results = [r["result"] for r in found]
+    record["result"] = result = results[0] | {"valid_rel_l2": together(results, "valid_rel_l2")}
+    for metric in ("rel_l2", "legacy"):
+        result[metric] = {}
+        for which in results[0][metric]:
+            errors = together([r[metric][which] for r in results], "seeds")
+            spread = {"mean": float(np.mean(errors)), "std": float(np.std(errors))}
+            result[metric][which] = spread | {"seeds": errors}
+    result["test_rel_l2"] = result["rel_l2"][result["chosen"]]["mean"]
+    return record
+
+
 def main(arguments=None) -> None:
     args = parse(arguments)
+    if args.join:
+        record = joined([json.loads(path.read_text()) for path in args.join])
+        args.out.write_text(records.text(record, record.pop("rows")))
+        show(json.loads(args.out.read_text()))
+        return
     began = time.perf_counter()
     config = configuration(args)
     problem = lpbf.load(config.problem)

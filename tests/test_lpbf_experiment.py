@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from experiments import lpbf, records
 from flare_jax.data.buckets import bucketed
@@ -38,6 +39,28 @@ def test_the_record_names_no_folder_of_this_machine(tmp_path):
     one = lpbf.configuration(lpbf.parse(["--out", "x.json", "--seed", "1", "--seeds", "1"])).train
     assert (one.seed, one.seeds) == (1, 1)
     assert (config.model.num_latents, config.optimizer.weight_decay) == (128, 1e-4)
+
+
+def record_of(seed, error):
+    spread = {"last": {"mean": error, "std": 0.0, "seeds": [error]}}
+    same = dict.fromkeys(lpbf.SAME, 1)
+    times = {"seconds": 5 + seed, "seconds_per_epoch": 1.0, "training_seconds": 4.0}
+    row = {"epoch": 1.0, "seconds": 4.0, "valid": [error], "valid_ema": [error]}
+    result = {"rel_l2": spread, "legacy": spread, "valid_rel_l2": [error], "chosen": "last"}
+    return same | times | {"seeds": [seed], "rows": [row], "result": result}
+
+
+def test_records_of_other_seeds_make_one():
+    record = lpbf.joined([record_of(0, 0.1), record_of(1, 0.3)])
+    assert record["seeds"] == [0, 1] and record["seconds"] == 6
+    assert record["rows"][0]["valid"] == [0.1, 0.3]
+    last = record["result"]["legacy"]["last"]
+    np.testing.assert_allclose((last["mean"], last["std"]), (0.2, 0.1))
+    assert record["result"]["test_rel_l2"] == last["mean"]
+    with pytest.raises(ValueError, match="share a seed"):
+        lpbf.joined([record_of(0, 0.1), record_of(0, 0.3)])
+    with pytest.raises(ValueError, match="differ in epochs"):
+        lpbf.joined([record_of(0, 0.1), record_of(1, 0.3) | {"epochs": 2}])
 
 
 def test_seconds_of_whole_epochs(tmp_path):
