@@ -40,6 +40,7 @@ from flare_jax.ops.fused.attention_forward import (
     load_latents,
     load_rows,
     mask_operand,
+    over_chunks,
     own,
     store_column,
     store_rows,
@@ -158,7 +159,7 @@ def _merge_dz_kernel(*refs, shape, splits, rows, chunk):
         return jnp.max(plgpu.load(at, mask=(jnp.arange(size) < splits)[:, None], other=NEG))
 
     zeros = jnp.zeros((rows, shape.width), jnp.float32)
-    dz = lax.fori_loop(0, pl.cdiv(splits, chunk), body, zeros)
+    dz = over_chunks(splits, chunk, start, body, zeros)
     _finish_dz(dz, [highest(i) for i in range(shape.group)], start, refs, shape)
 
 

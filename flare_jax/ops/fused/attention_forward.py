@@ -180,13 +180,22 @@ def _merge_kernel(acc_ref, peak_ref, total_ref, z_ref, lse_ref, *, shape, splits
 
     zeros = jnp.zeros((rows, shape.width), jnp.float32)
     carry = zeros, (jnp.zeros((rows, 1), jnp.float32),) * shape.group
-    acc, totals = lax.fori_loop(0, pl.cdiv(splits, chunk), body, carry)
+    acc, totals = over_chunks(splits, chunk, start, body, carry)
     z = jnp.zeros((rows, shape.width), jnp.float32)
     for i in heads:
         part_z, lse = finish(acc, peaks[i], totals[i], lambda x: x)
         z += own(part_z, i, shape)
         plgpu.store(lse_ref.at[pl.ds(start, rows), pl.ds(i, 1)], lse, mask=live_row[:, None])
     store_rows(z_ref, start, z, live_row)
+
+
+def over_chunks(splits: int, chunk: int, start, body, carry):
+    """body(c, carry) for each chunk of splits; a single one without a loop, which would hold up its
+    loads until all before it is done.
+    """
+    if splits <= chunk:
+        return body(0 * start, carry)
+    return lax.fori_loop(0, pl.cdiv(splits, chunk), body, carry)
 
 
 def _decode_kernel(*refs, shape, tile, tiles, scale2, masked):
