@@ -244,6 +244,26 @@ def ablations(records: dict, published: dict) -> str:
     return text
 
 
+def elasticity_errors(records: dict, published: dict) -> str:
+    """Errors of cells by how far they are from training cells."""
+    text = "Quarters of the cells, from the nearest to a training cell to the farthest; rank "
+    text += (
+        "correlation (Spearman) of the error with that distance, and with the distance from the "
+    )
+    text += "mean shape; correlation of the errors of two seeds.\n"
+    for name, r in records.items():
+        rows = [
+            [row["split"], error(row["mean"]), *map(error, row["quarters_by_distance"])]
+            + [number(row[f"spearman_{to}"], ".2f") for to in ("distance", "radius")]
+            + [number(row["correlation_of_seeds"], ".2f")]
+            for row in r["rows"]
+        ]
+        head = ["rel-L2 × 10³", "mean", "nearest", "second", "third", "farthest"]
+        head += ["distance", "radius", "seeds"]
+        text += "\n" + table(head, rows) + source(name, r) + picture(name)
+    return text
+
+
 def darcy_16(records: dict, published: dict) -> str:
     ((name, record),) = records.items()
     rows = []
@@ -396,6 +416,7 @@ SECTIONS: list[tuple[str, Belongs, Callable[[dict, dict], str]]] = [
     ("Surrogates", lambda name, record: training(record) is not None, surrogates),
     ("Training, in time", lambda n, r: bool({"history", "generation"} & r.keys()), runs_in_time),
     ("Ablations on elasticity", named("ablations"), ablations),
+    ("Which cells of elasticity are hard", named("elasticity_errors"), elasticity_errors),
     ("Generated parts of powder bed fusion", named("lpbf_parts"), parts),
     ("Meshes of different sizes", lambda n, r: "cost_of_sizes" in r, sizes),
     ("Beside a Fourier neural operator, 16 × 16 nodes", named("darcy_16"), darcy_16),
