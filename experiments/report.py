@@ -2,6 +2,8 @@
 
     python -m experiments.report
 
+The section "How fast" of the project's README.md comes from the same records.
+
 Published values are in published.json, each with its source. A record whose kind is not known here
 is listed with its command.
 """
@@ -22,8 +24,42 @@ deviation over seeds where nothing else is said. A dash: not published, or not r
 DASH = "–"
 
 
+SPEED = "## How fast\n", "\n## Read it\n"  # begin and end of the section of README.md
+
+
 def main() -> None:
-    (FOLDER / "README.md").write_text(report(load(FOLDER / "results"), published()))
+    records, readme = load(FOLDER / "results"), FOLDER.parent / "README.md"
+    (FOLDER / "README.md").write_text(report(records, published()))
+    readme.write_text(with_speed(readme.read_text(), records))
+
+
+def with_speed(readme: str, records: dict[str, dict]) -> str:
+    """The README with a section of the benchmark's main rows."""
+    before, after = readme[: readme.index(SPEED[0])], readme[readme.index(SPEED[1]) :]
+    rows, kinds = [], ("benchmark_operator", "benchmark_operator_many", "benchmark_model")
+    for name in kinds:
+        found: dict = {}
+        for r in records[name]["rows"]:
+            if r["dtype"] == "bfloat16":
+                found.setdefault((r["C"], r["M"], r["N"]), {})[
+                    r["implementation"].split(",")[0]
+                ] = r
+        for (c, m, n), row in found.items():
+            what = "operator" if "operator" in name else "training step of the model, 8 blocks"
+            cells = [f"{what}, {n:,} points, C={c} M={m}"]
+            for implementation in ("fused", "torch eager", "torch compile"):
+                r = row.get(implementation, {})
+                peak = number(r.get("peak_bytes"), ".3g", 1e-9)
+                cells.append(f"{number(r['ms'])} ms, {peak} GB" if "ms" in r else DASH)
+            rows.append(cells)
+    record = records["benchmark_model"]
+    head = ["bfloat16, forward and backward", "flare_jax", "PyTorch", "PyTorch, compiled"]
+    text = f"{SPEED[0]}\nOn one {record['device']}, jax {record['jax']}, torch {record['torch']}; "
+    text += (
+        "PyTorch is the published formulation, two calls of `scaled_dot_product_attention`. All "
+    )
+    text += "rows, with commands: [experiments/README.md](experiments/README.md).\n\n"
+    return before + text + table(head, rows) + after
 
 
 def load(folder: Path) -> dict[str, dict]:

@@ -11,6 +11,12 @@ def test_the_committed_page_is_the_generated_one():
     assert (report.FOLDER / "README.md").read_text() == page, "run python -m experiments.report"
 
 
+def test_the_readme_says_what_the_benchmark_measured():
+    readme = (report.FOLDER.parent / "README.md").read_text()
+    made = report.with_speed(readme, report.load(report.FOLDER / "results"))
+    assert readme == made, "run python -m experiments.report"
+
+
 def test_links_and_pictures_exist():
     page = (report.FOLDER / "README.md").read_text()
     for target in re.findall(r"\]\(([^)#]+)", page):
