@@ -39,7 +39,7 @@ class FLAREConfig:
     qk_norm: bool = False  # normalise latent queries and keys over the head width
     act: str = "gelu"  # activation: gelu (tanh form) or silu
     remat: bool = False  # keep only blocks' inputs for the backward pass: less memory, more time
-    scan_blocks: bool = False  # stack the blocks' parameters and scan over them: compiles faster
+    scan_blocks: bool = False  # scan over stacked blocks: one to compile, many small copies to run
     implementation: str | None = None  # of operator and MLPs; None: the best that applies
 
     def __post_init__(self):
