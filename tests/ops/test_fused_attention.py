@@ -9,7 +9,7 @@ import pytest
 from conftest import relative
 
 from flare_jax.ops import reference
-from flare_jax.ops.fused import attention, attention_backward, mlp, tiles
+from flare_jax.ops.fused import attention, attention_backward, mlp_kernels, tiles
 from flare_jax.ops.fused import math as fused_math
 
 NAMES = ("y", "dq", "dk", "dv")
@@ -175,7 +175,7 @@ def test_float32_is_split_into_two_bfloat16(nearest, loss):
 
 def test_default_precision_does_not_reach_the_products_in_kernels(monkeypatch):
     monkeypatch.setenv("FLARE_JAX_INTERPRET", "")
-    x, mlp_dots = jnp.ones((16, 16), jnp.bfloat16), mlp.Dots(jnp.bfloat16, "native", False)
+    x, mlp_dots = jnp.ones((16, 16), jnp.bfloat16), mlp_kernels.Dots(jnp.bfloat16, "native", False)
 
     def traced(precision):
         with jax.default_matmul_precision(precision):
