@@ -17,6 +17,7 @@ The figure shows every cell.
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -30,7 +31,6 @@ from scipy.stats import spearmanr
 from experiments import records
 from flare_jax.plots import plt
 from flare_jax.predict import load_data, load_run
-from flare_jax.problems.problem import Problem, Split
 from flare_jax.train.checkpoint import load
 from flare_jax.train.errors import make_errors
 
@@ -47,22 +47,19 @@ def parse(arguments=None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def shapes(train: Float[np.ndarray, "n N 2"], cells: Float[np.ndarray, "m N 2"]) -> np.ndarray:
-    """Coordinates [m, k] of cells in the scaled principal components of training cells."""
+def coordinates(train: Float[np.ndarray, "n N 2"]) -> Callable[[np.ndarray], np.ndarray]:
+    """`cells [m, N, 2] -> [m, k]`, in the scaled principal components of the training cells."""
     flat = lambda x: x.reshape(len(x), -1).astype(np.float64)
     mean = flat(train).mean(0)
     _, size, axes = np.linalg.svd(flat(train) - mean, full_matrices=False)
     kept = 1 + int(np.searchsorted(np.cumsum(size**2) / np.sum(size**2), VARIANCE))
     scale = size[:kept] / np.sqrt(len(train))
-    return (flat(cells) - mean) @ axes[:kept].T / scale
+    return lambda cells: (flat(cells) - mean) @ axes[:kept].T / scale
 
 
-def distances(problem: Problem, split: Split, own: bool) -> dict[str, np.ndarray]:
-    """`distance` and `radius` of a split's cells; `own`: they are training cells themselves."""
-    raw = lambda s: np.asarray(problem.x_normalizer.decode(s.x))
-    tree = cKDTree(shapes(raw(problem.train), raw(problem.train)))
-    cells = shapes(raw(problem.train), raw(split))
-    found, _ = tree.query(cells, NEAREST + own)
+def distances(train: np.ndarray, cells: np.ndarray, own: bool) -> dict[str, np.ndarray]:
+    """`distance` and `radius` of cells at these coordinates; `own`: they are training cells."""
+    found, _ = cKDTree(train).query(cells, NEAREST + own)
     return {"distance": found[:, int(own) :].mean(1), "radius": np.linalg.norm(cells, axis=1)}
 
 
@@ -102,10 +99,11 @@ def main(arguments=None) -> None:
     params = load(args.run / "checkpoints")["state"]["params"]
     errors = make_errors(surrogate.apply, surrogate.y_normalizer)
     some = jax.tree.map(lambda a: a[: args.train], problem.train)
-    found = {}
+    place = coordinates(problem.train.x)  # normalised or not: the components are scaled
+    train, found = place(problem.train.x), {}
     for name, split in (("training", some), ("validation", problem.valid), ("test", problem.test)):
         if split is not None:
-            where = distances(problem, split, own=name == "training")
+            where = distances(train, place(split.x), own=name == "training")
             with jax.default_matmul_precision("highest"):
                 found[name] = errors(params, split)["rel_l2"], where
     rows = [{"split": name, **statistics(*pair)} for name, pair in found.items()]
@@ -118,7 +116,7 @@ def main(arguments=None) -> None:
         seconds=time.perf_counter() - began,
         precision="float32",
         training_cells=len(problem.train.x),
-        components=shapes(problem.train.x, problem.train.x[:1]).shape[1],
+        components=train.shape[1],
     )
     draw(args.out.with_suffix(".png"), found)
     table = Table("split", "mean", "quarters by distance", "rank correlation", "between seeds")

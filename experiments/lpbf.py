@@ -5,7 +5,6 @@
     python -m experiments.lpbf --out FILE --epochs 50          # shorter, and the record says so
     python -m experiments.lpbf --out FILE --train 300 --test 80        # fewer parts, likewise
     python -m experiments.lpbf --out FILE --seconds 500        # stops then, and goes on when called
-    python -m experiments.lpbf --out FILE --seed 1 --seeds 1   # one of two that share the work
     python -m experiments.lpbf --out FILE --epochs 0           # only makes the missing parts
     python -m experiments.lpbf --out FILE --smoke              # tiny, on any machine
 

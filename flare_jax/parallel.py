@@ -26,6 +26,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from flare_jax.ops.fused.math import nvidia
 from flare_jax.ops.sharded import whole
 from flare_jax.problems.problem import Split
 
@@ -289,7 +290,7 @@ def compiler_options(points: int, mesh: Mesh | None = None) -> dict[str, bool | 
     many GPUs, see above. Only the outermost `jit` takes them.
     """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    if device.platform != "gpu" or "nvidia" not in device.device_kind.lower():
+    if not nvidia(device):
         return {}
     if mesh is not None and mesh.size > 1:
         return MANY_GPUS

@@ -217,15 +217,16 @@ def measure_torch(case: Case, mode: str) -> dict:
     from experiments.benchmark import torch_side
     from experiments.torch_flare import Trainer
 
-    found = torch_errors(case, mode)
+    built = in_torch(case, mode)
+    found = torch_errors(case, *built)
     row = verdict(found, TOLERANCE[case.dtype])
     if "skipped" in row and case.dtype != "float32":
         exact = dataclasses.replace(case, dtype="float32", tokens=max(1, case.tokens // 16))
-        judged = verdict(torch_errors(exact, mode), TOLERANCE["float32"])
+        judged = verdict(torch_errors(exact, *in_torch(exact, mode)), TOLERANCE["float32"])
         row = judged | {"error": found, "float32_error": judged["error"]}
     if "skipped" in row:
         return row
-    f, _, loss, x, y = in_torch(case, mode)
+    f, _, loss, x, y = built
     trainer = Trainer(f, loss, num_steps=10_000)
     return row | torch_side.times(None, lambda: trainer.step(x, y))
 
@@ -245,11 +246,10 @@ def in_torch(case: Case, mode: str):
     return torch_side.compiled(model, mode), model, loss, x, y
 
 
-def torch_errors(case: Case, mode: str) -> dict[str, float]:
-    """Those of the prediction and of the gradients at the first step."""
+def torch_errors(case: Case, f, model, loss, x, y) -> dict[str, float]:
+    """Those of the prediction and of the gradients at the first step, of what `in_torch` built."""
     from experiments.benchmark import torch_side
 
-    f, model, loss, x, y = in_torch(case, mode)
     prediction = f(x)
     loss(prediction, y).mean().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}

@@ -108,7 +108,8 @@ def residual_mlps(
 
     One GPU kernel each way where it applies and the MLPs' implementation is None or "fused": the
     chain of layers then stays on the chip, and only x and y are kept for the backward pass. With
-    `pass_on` x is returned last: what else is done with it costs no pass over its gradient.
+    `pass_on` x is returned last: with many points, what else is done with it costs no pass over its
+    gradient.
     """
     sets, act = [mlp.chain() for mlp in mlps], mlps[0].act
     fused = all(mlp.all_residual and mlp.implementation in (None, "fused") for mlp in mlps)

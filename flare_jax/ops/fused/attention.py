@@ -11,7 +11,6 @@ numbers: their error is the storage dtype's rounding of y and dy, however small 
 (experiments/README.md, conditioning: "dominating").
 """
 
-import jax
 import jax.numpy as jnp
 
 from flare_jax.ops.fused.attention_backward import (
@@ -21,7 +20,7 @@ from flare_jax.ops.fused.attention_backward import (
 )
 from flare_jax.ops.fused.attention_forward import decode as _decode
 from flare_jax.ops.fused.attention_forward import encode
-from flare_jax.ops.fused.math import interpreted
+from flare_jax.ops.fused.math import interpreted, require_gpu
 
 __all__ = [
     "attention_bwd",
@@ -48,14 +47,8 @@ def supports(q, k, v, mask) -> None:
         raise NotImplementedError(
             f"kernels need a multiple of {16 // width} heads of width {width}, got {heads}"
         )
-    if interpreted():
-        return
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", "0.0")
-    if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
-        raise NotImplementedError(f"kernels need an NVIDIA GPU, got {device.device_kind}")
-    if float(capability) < 8.0:
-        raise NotImplementedError(f"kernels need compute capability 8.0, got {capability}")
+    if not interpreted():
+        require_gpu()
 
 
 def decode(q, k, z, mask, scale):

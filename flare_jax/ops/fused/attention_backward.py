@@ -159,7 +159,7 @@ def _merge_dz_kernel(*refs, shape, splits, rows, chunk):
         return jnp.max(plgpu.load(at, mask=(jnp.arange(size) < splits)[:, None], other=NEG))
 
     zeros = jnp.zeros((rows, shape.width), jnp.float32)
-    dz = over_chunks(splits, chunk, start, body, zeros)
+    dz = over_chunks(splits, chunk, body, zeros)
     _finish_dz(dz, [highest(i) for i in range(shape.group)], start, refs, shape)
 
 

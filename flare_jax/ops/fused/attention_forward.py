@@ -180,7 +180,7 @@ def _merge_kernel(acc_ref, peak_ref, total_ref, z_ref, lse_ref, *, shape, splits
 
     zeros = jnp.zeros((rows, shape.width), jnp.float32)
     carry = zeros, (jnp.zeros((rows, 1), jnp.float32),) * shape.group
-    acc, totals = over_chunks(splits, chunk, start, body, carry)
+    acc, totals = over_chunks(splits, chunk, body, carry)
     z = jnp.zeros((rows, shape.width), jnp.float32)
     for i in heads:
         part_z, lse = finish(acc, peaks[i], totals[i], lambda x: x)
@@ -189,12 +189,12 @@ def _merge_kernel(acc_ref, peak_ref, total_ref, z_ref, lse_ref, *, shape, splits
     store_rows(z_ref, start, z, live_row)
 
 
-def over_chunks(splits: int, chunk: int, start, body, carry):
-    """body(c, carry) for each chunk of splits; a single one without a loop, which would hold up its
-    loads until all before it is done.
+def over_chunks(splits: int, chunk: int, body, carry):
+    """body(c, carry) for each chunk of splits. One needs no loop, and its loads need not wait for
+    what is before one.
     """
     if splits <= chunk:
-        return body(0 * start, carry)
+        return body(jnp.int32(0), carry)
     return lax.fori_loop(0, pl.cdiv(splits, chunk), body, carry)
 
 

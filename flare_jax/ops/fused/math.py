@@ -27,6 +27,22 @@ def interpreted() -> bool:
     return os.environ.get("FLARE_JAX_INTERPRET", "") == "1"
 
 
+def nvidia(device: jax.Device) -> bool:
+    """Whether the device is a GPU of NVIDIA."""
+    return device.platform == "gpu" and "nvidia" in device.device_kind.lower()
+
+
+def require_gpu() -> None:
+    """Raises NotImplementedError, with the reason, where kernels cannot run."""
+    device = jax.devices()[0]
+    if not nvidia(device):
+        found = f"platform {device.platform!r}, {device.device_kind}"
+        raise NotImplementedError(f"{found}: kernels need an NVIDIA GPU of Ampere or newer")
+    capability = getattr(device, "compute_capability", "0.0")
+    if float(capability) < 8.0:
+        raise NotImplementedError(f"kernels need compute capability 8.0, got {capability}")
+
+
 def pallas_call(kernel, *, name, grid, in_specs, out_specs, out_shape, warps, stages, **kwargs):
     """`pl.pallas_call` on the Triton backend (the default backend differs between jax versions)."""
     return pl.pallas_call(

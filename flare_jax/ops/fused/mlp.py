@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from flare_jax.ops.fused.activations import ACTIVATIONS
-from flare_jax.ops.fused.math import f32_precision, interpreted
+from flare_jax.ops.fused.math import f32_precision, interpreted, require_gpu
 from flare_jax.ops.fused.mlp_kernels import ONES, Spec, Tokens, backward_kernel, forward_kernel
 from flare_jax.ops.fused.mlp_plans import Plan, Tile, plan_for
 
@@ -170,9 +170,9 @@ def _mlps(spec: Spec, x, norm, sets, projection):
 
 
 def _mlps_fwd(spec, x, norm, sets, projection):
-    out, total = _forward(spec, True, x, norm, sets, projection)
+    out, projected = _forward(spec, True, x, norm, sets, projection)
     outs = *out, *([x] if spec.pass_on else [])
-    return outs, (x if total is None else total, norm, sets, projection)
+    return outs, (x if projected is None else projected, norm, sets, projection)
 
 
 def _mlps_bwd(spec, saved, douts):
@@ -221,22 +221,7 @@ def supports(
     if x.size == 0:
         raise NotImplementedError("no tokens")
     if not (interpreted() if interpret is None else interpret):
-        _needs_gpu()
-
-
-def _needs_gpu() -> None:
-    if jax.default_backend() != "gpu":
-        raise NotImplementedError(f"platform {jax.default_backend()!r}: the kernels need a GPU")
-    capability = getattr(jax.devices()[0], "compute_capability", "")
-    major = capability.split(".")[0]
-    if (
-        not major.isdigit()
-        or int(major) < 8
-        or "nvidia" not in jax.devices()[0].device_kind.lower()
-    ):
-        raise NotImplementedError(
-            f"{jax.devices()[0].device_kind}: the kernels need an NVIDIA GPU of Ampere or newer"
-        )
+        require_gpu()
 
 
 def residual_mlp(x: jax.Array, layers: Layers, **options) -> jax.Array:
@@ -270,8 +255,8 @@ def residual_mlps(
         linear_last: the last layer has no activation.
         projection: (y [..., C], kernel, bias) of a dense layer: x + y kernel + bias in place of x.
             With one MLP only.
-        pass_on: return x too. Where x is used again, use this one: the gradient of that use is then
-            added inside the kernel.
+        pass_on: return x too. Where x is used again, use this one: with many tokens the gradient of
+            that use is then added inside the kernel.
         plan, precision: block sizes and kind of dot, else from the table and the dtype.
         interpret: run in interpret mode, else as `interpreted` says.
     """

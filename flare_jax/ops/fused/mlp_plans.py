@@ -7,8 +7,10 @@ time. To change a choice edit `plan_for`.
 import dataclasses
 
 from jax import lax
+from jax.experimental import pallas as pl
 
-SMS = 132  # streaming multiprocessors of an H100
+from flare_jax.ops.fused.tiles import SMS
+
 SEEDS = "seeds"  # the axis name of a `vmap` over models: how many work at once decides the tiles
 
 
@@ -78,7 +80,7 @@ PLANS = {
 
 def plan_for(tokens: int, width: int, precision: str) -> Plan:
     """The plan for `tokens` of each of the models side by side (see SEEDS)."""
-    programs = lambda tile: models() * -(-tokens // tile)
+    programs = lambda tile: models() * pl.cdiv(tokens, tile)
     narrow = width <= 64 and precision != "ieee"
     if narrow and precision == "native" and programs(32) <= SMS:
         return few(32, 8)
@@ -95,9 +97,9 @@ def even(plan: Plan, tokens: int) -> Plan:
     """
 
     def tile(t: Tile) -> Tile:
-        tiles = -(-tokens // t.tile)
-        rounds = -(-models() * tiles // t.programs)
-        return dataclasses.replace(t, programs=-(-tiles // rounds))
+        tiles = pl.cdiv(tokens, t.tile)
+        rounds = pl.cdiv(models() * tiles, t.programs)
+        return dataclasses.replace(t, programs=pl.cdiv(tiles, rounds))
 
     backward = tuple((layers, tile(t)) for layers, t in plan.backward)
     norm = plan.norm and tile(plan.norm)
