@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import relative
 
-from experiments import conditioning, report, scaling, spectrum
+from experiments import conditioning, report, report_sections, scaling, spectrum
 
 
 def written(path, section):
@@ -58,7 +58,7 @@ def test_scaling_writes_its_record_and_skips_what_takes_too_long(tmp_path, monke
     out = tmp_path / "scaling.json"
     sizes = ["8", "16", "9000000"]
     scaling.main(["--smoke", "--dtype", "float32", "--out", str(out), "--tokens", *sizes])
-    record, page = written(out, report.scaling)
+    record, page = written(out, report_sections.scaling)
     by_size = {(r["implementation"], r["N"]): r for r in record["rows"]}
     for name in ("softmax attention", "physics attention"):
         assert max(by_size[name, 8]["error"].values()) <= 1e-5
@@ -86,7 +86,7 @@ def test_naive_softmax_breaks_where_ours_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(conditioning, "PRECISIONS", precisions)
     out = tmp_path / "conditioning.json"
     conditioning.main(["--out", str(out)])
-    record, page = written(out, report.conditioning)
+    record, page = written(out, report_sections.conditioning)
     for row in record["rows"]:
         found = {r["implementation"]: r for r in row["results"]}
         for name, error in found["xla"]["error"].items():
@@ -111,7 +111,7 @@ def test_spectrum_experiment_writes_its_record(tmp_path, monkeypatch):
     monkeypatch.setattr(spectrum, "MOMENTS", (0, 1))
     out = tmp_path / "spectrum.json"
     spectrum.main(["--smoke", "--out", str(out)])
-    record, page = written(out, report.spectra)
+    record, page = written(out, report_sections.spectra)
     for row in record["rows"]:
         block = row["blocks"][0]
         assert block["median_eigenvalues"][0] == pytest.approx(1, abs=1e-12)
