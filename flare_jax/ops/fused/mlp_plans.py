@@ -45,10 +45,18 @@ def streamed(tile: int, warps: int, programs: int) -> Tile:
     return Tile(tile, warps, programs, stages=1, resident=0, bias=False)
 
 
-def few(tile: int, warps: int) -> Plan:
-    """One tile a program, whose weight gradients are written once and never held: one segment."""
-    one = streamed(tile, warps, 2 * SMS)
-    return Plan(one, ((5, one),), apart=True)
+def few(
+    tile: int, warps: int, kept: tuple[int, int] = (0, 0), segments: tuple[int, ...] = (5,)
+) -> Plan:
+    """One tile a program, whose weight gradients are written when they are there, never held.
+
+    kept: how many layers' weights are read at once, in the forward and in the backward: one wait
+    for L2 in place of one a layer, where shared memory has the room. segments: layers of each.
+    """
+    forward, backward = (
+        Tile(tile, warps, 2 * SMS, stages=1, resident=resident, bias=False) for resident in kept
+    )
+    return Plan(forward, tuple((layers, backward) for layers in segments), apart=True)
 
 
 # (C, precision) -> Plan; "native" is bfloat16 and float16.
@@ -66,10 +74,7 @@ PLANS = {
     (32, "bf16x3"): Plan(Tile(64, 4, 528, bias=False), ((3, Tile(64, 4, 264)),)),
     (64, "bf16x3"): Plan(
         Tile(64, 4, 264, stages=1, bias=False),
-        (
-            (2, Tile(64, 4, 264, stages=1, resident=2, bias=False)),
-            (2, Tile(64, 4, 264, stages=1, bias=False)),
-        ),
+        ((1, Tile(64, 4, 264, stages=1, resident=3, bias=False)),),
     ),
     (128, "bf16x3"): Plan(streamed(64, 4, 264), ((1, streamed(64, 4, 132)),)),
     (32, "ieee"): Plan(streamed(32, 4, 264), ((1, streamed(32, 4, 264)),)),
@@ -83,12 +88,16 @@ def plan_for(tokens: int, width: int, precision: str) -> Plan:
     programs = lambda tile: models() * pl.cdiv(tokens, tile)
     narrow = width <= 64 and precision != "ieee"
     if narrow and precision == "native" and programs(32) <= SMS:
-        return few(32, 8)
+        return few(32, 8, kept=(5, 5))
     if programs(16) <= SMS:
-        return few(16, 8)
+        return few(16, 8, kept=(0, 5 if narrow else 0))
     if narrow and programs(32) <= 2 * SMS:  # two of them fit on a multiprocessor
-        return few(32, 4)
-    return even(PLANS[width, precision], tokens)
+        return few(32, 4, segments=(3, 2))
+    plan = PLANS[width, precision]
+    if precision == "bf16x3" and width == 64 and programs(64) <= 4 * SMS:  # a round or two of them
+        half = Tile(32, 4, 264, stages=1, bias=False)
+        plan = dataclasses.replace(plan, backward=((3, half), (2, half)))
+    return even(plan, tokens)
 
 
 def even(plan: Plan, tokens: int) -> Plan:
