@@ -46,6 +46,7 @@ from flare_jax.train.config import Config, to_dict
 from flare_jax.train.errors import make_errors
 from flare_jax.train.log import MetricsFile, progress_bar
 from flare_jax.train.optimizer import make_optimizer
+from flare_jax.train.packed import Packing
 from flare_jax.train.step import TrainState, init_state, make_train_step, surrogate_loss
 
 # "tf32" is three bfloat16 products (2^-16), as in the kernels; TF32 itself has 2^-11
@@ -261,7 +262,7 @@ def make_steps(problem, config, plan, tx, apply, run, mesh, fsdp) -> Callable:
     """`(state, done) -> (state, metrics [seeds, length])`: the next steps after step `done`.
 
     They end within the epoch, chunk_steps later at most. All steps of a single bucket on the device
-    are one call, so their number divides the epoch's; others are a call each.
+    are one call, so their number divides the epoch's; others are a call each, on a packed state.
     """
     buckets = buckets_of(problem.train)
     resident = sum(a.nbytes for split in buckets for a in split if a is not None) <= DEVICE_BYTES
@@ -277,22 +278,36 @@ def make_steps(problem, config, plan, tx, apply, run, mesh, fsdp) -> Callable:
         rows = np.arange(rows.size, dtype=rows.dtype).reshape(rows.shape)
         return parallel.place_samples(samples, mesh), rows
 
-    programs = [make_program(problem, config, b, tx, apply, run, mesh, fsdp) for b in buckets]
+    packing = None if whole or fsdp else Packing(jax.tree.map(lambda x: x[0], run.state.params))
+    pack, unpack = over_seeds(packing, mesh)
+    state = pack(run.state)
+    make = functools.partial(make_program, problem, config, packing, tx, apply, run.y_normalizer)
+    programs = [make(bucket, state, mesh, fsdp) for bucket in buckets]
     if not whole:
         first = [np.zeros((len(keys), 1, size), np.int32) for size in plan.batches]
-        programs = compiled(programs, [(run.state, *arguments(*a)) for a in enumerate(first)])
+        programs = compiled(programs, [(state, *arguments(*a)) for a in enumerate(first)])
 
     def chunk(state, done):
         steps = length if whole else min(most, plan.per_epoch - done % plan.per_epoch)
-        values = []
+        state, values = pack(state), []
         for bucket, rows in batches(plan, keys, done, steps, whole):
             state, value = programs[bucket](state, *arguments(bucket, rows))
             values.append(value)
             jax.block_until_ready(values[-AHEAD:][0])
         values = jax.device_get(values)
-        return state, {name: np.concatenate([v[name] for v in values], 1) for name in values[0]}
+        values = {name: np.concatenate([v[name] for v in values], 1) for name in values[0]}
+        return unpack(state), values
 
     return chunk
+
+
+def over_seeds(packing: Packing | None, mesh: Mesh | None) -> tuple[Callable, Callable]:
+    """Packs and unpacks the state of all seeds; without packing both return what they get."""
+    if packing is None:
+        return (lambda state: state,) * 2
+    options = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
+    jitted = lambda f: jax.jit(jax.vmap(f), **options)
+    return jitted(packing.packed), jitted(packing.unpacked)
 
 
 def compiled(programs: Sequence[Callable], arguments: Sequence[tuple]) -> list[Callable]:
@@ -302,21 +317,24 @@ def compiled(programs: Sequence[Callable], arguments: Sequence[tuple]) -> list[C
         return list(pool.map(lambda program: program.compile(), lowered))
 
 
-def make_program(problem, config, bucket, tx, apply, run, mesh, fsdp) -> Callable:
-    """`make_chunk`'s function for samples of a bucket's size."""
+def make_program(
+    problem, config, packing, tx, apply, y_normalizer, bucket, state, mesh, fsdp
+) -> Callable:
+    """`make_chunk`'s function for samples of a bucket's size, and for states like `state`."""
     loss = surrogate_loss(
         parallel.model_over(apply, mesh),
         parallel.loss_over(problem.loss, mesh, bucket.y.shape[1]),
-        jax.tree.map(np.asarray, run.y_normalizer),
+        jax.tree.map(np.asarray, y_normalizer),
     )
+    loss = packing.loss(loss) if packing else loss
     value_and_grad = parallel.value_and_grad(mesh, fsdp)
     train_step = make_train_step(loss, tx, config.optimizer.ema_decay, value_and_grad)
     t, size = config.train, bucket.y.shape[1]
     points = t.seeds * max(t.batch_size * size, t.batch_tokens or 0)
     options = {"compiler_options": parallel.compiler_options(points, mesh)}
     if mesh is not None:
-        state = jax.tree.map(lambda x: x.sharding, run.state)
-        options["out_shardings"] = state, NamedSharding(mesh, PartitionSpec())
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        options["out_shardings"] = shardings, NamedSharding(mesh, PartitionSpec())
     return make_chunk(train_step, **options)
 
 
