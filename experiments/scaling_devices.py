@@ -269,6 +269,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on 8 CPU devices")
     parser.add_argument("--parts", nargs="*", default=["devices", "memory", "largest"])
     parser.add_argument("--threads", type=int, default=8, help="programs compiled side by side")
+    parser.add_argument(
+        "--compile", action="store_true", help="no more, for a later run: jax's cache keeps it"
+    )
     options = parser.parse_args()
     if options.smoke:
         jax.config.update("jax_platforms", "cpu")
@@ -279,6 +282,8 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
         steps = [pool.submit(Step, row) for row in todo]
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    if options.compile:
+        return
 
     def add(row, step):
         found = measured(row, step)
