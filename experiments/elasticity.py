@@ -2,15 +2,17 @@
 
     python -m experiments.elasticity --out FOLDER                   # the result, with its figures
     python -m experiments.elasticity --out FOLDER --ablations blocks heads depth
+    python -m experiments.elasticity --out FOLDER --ablations ... --share 0 2   # every second model
     python -m experiments.elasticity --out FOLDER --smoke           # everything, tiny, on a CPU
 
 FOLDER gets elasticity.json (or ablations_*.json), figures, and the training runs. A command that is
 cut off goes on where it stopped when it is given again; what it reached by then is in the runs'
-metrics.jsonl, and after a SIGTERM in the record too. Validation chooses the parameters called
-`best`; the test samples measure and choose nothing. Times are those of all seeds, trained side by
-side. The time to reach an error is that spent in training steps, compilation included, until the
-mean over seeds of the validation error is at or below it; `seconds` adds validations and
-checkpoints.
+metrics.jsonl, and after a SIGTERM in the record too. Processes with a share of the ablations each
+train side by side, on one GPU or several; the command without a share then makes the record.
+Validation chooses the parameters called `best`; the test samples measure and choose nothing. Times
+are those of all seeds, trained side by side. The time to reach an error is that spent in training
+steps, compilation included, until the mean over seeds of the validation error is at or below it;
+`seconds` adds validations and checkpoints.
 """
 
 import dataclasses
@@ -55,6 +57,7 @@ class Options:
     seeds: int = 3  # trained side by side, with seed, seed + 1, ...
     eval_every: int = 20  # epochs between validations and checkpoints
     ablations: tuple[tables.Family, ...] = ()  # tables to make instead of the one result
+    share: tuple[int, int] = (0, 1)  # K N: only models K, K + N, ... of the tables
     smoke: bool = False  # a tiny model on few samples, to see that everything runs
 
 
@@ -111,7 +114,7 @@ def about(options: Options, config: Config) -> dict:
     flags = [
         f"--{f.name.replace('_', '-')} {value}"
         for f in dataclasses.fields(options)
-        if f.name not in ("out", "data", "cache", "ablations", "smoke")
+        if f.name not in ("out", "data", "cache", "ablations", "share", "smoke")
         and (value := getattr(options, f.name)) != f.default
     ]
     flags += ["--data FOLDER"] if options.data else []
@@ -213,6 +216,30 @@ def show(record: dict) -> None:
     )
 
 
+def shared_out(folders: list[str], share: tuple[int, int]) -> list[str]:
+    """The folders K, K + N, ... of those that differ."""
+    k, n = share
+    return list(dict.fromkeys(folders))[k::n]
+
+
+def ablate(options: Options, problem) -> None:
+    """Trains the models of the tables, or this process's share of them, and writes the record."""
+    found = [(c, configuration(options, **c.changes)) for c in tables.cases(options.ablations)]
+    mine = shared_out([tables.folder(config) for _, config in found], options.share)
+    path, rows = options.out / f"ablations_{'_'.join(options.ablations)}.json", []
+    for case, config in found:
+        if tables.folder(config) not in mine:
+            continue
+        result = trained(problem, config, options.out / "runs" / tables.folder(config))
+        if result is None:
+            break
+        rows.append(tables.row(case, result))
+        if options.share[1] == 1:
+            write(path, about(options, config) | {"rows": rows})
+        print(f"{case.label}: {result['rel_l2']['last']['mean']:.5f}", flush=True)
+    tables.show(rows, config.train.epochs)
+
+
 def main(options: Options) -> None:
     began = time.perf_counter()
     problem = elasticity.load(configuration(options).problem)
@@ -224,21 +251,10 @@ def main(options: Options) -> None:
         problem.train.y[:9, :, 0],
         longest_edge=elasticity.LONGEST_EDGE,
     )
-    if not options.ablations:
+    if options.ablations:
+        ablate(options, problem)
+    else:
         show(main_result(options, problem, seconds))
-        return
-    path = options.out / f"ablations_{'_'.join(options.ablations)}.json"
-    rows = []
-    for case in tables.cases(options.ablations):
-        config = configuration(options, **case.changes)
-        folder = options.out / "runs" / tables.folder(config)
-        result = trained(problem, config, folder)
-        if result is None:
-            break
-        rows.append(tables.row(case, result))
-        write(path, about(options, config) | {"rows": rows})
-        print(f"{case.label}: {result['rel_l2']['last']['mean']:.5f}", flush=True)
-    tables.show(rows, config.train.epochs)
 
 
 if __name__ == "__main__":

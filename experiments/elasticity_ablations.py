@@ -76,21 +76,18 @@ def row(case: Case, result: dict) -> dict:
         "published_rel_l2": case.published,
         "rel_l2": result["rel_l2"],
         "parameters": result["parameters"],
-        "milliseconds_per_step": result["milliseconds_per_step"],
-        "seconds": result["seconds"],
     }
 
 
 def show(rows: list[dict], epochs: int) -> None:
     """The rows as a table, ours beside the published values."""
-    table = Table(f"{epochs} epochs", "test rel-L2", "over seeds", "published", "ms a step")
+    table = Table(f"{epochs} epochs", "test rel-L2", "over seeds", "published")
     for r in rows:
-        error, step = r["rel_l2"]["last"], r["milliseconds_per_step"]
+        error = r["rel_l2"]["last"]
         table.add_row(
             r["case"],
             f"{error['mean']:.5f}",
             f"± {error['std']:.5f}",
             f"{r['published_rel_l2']:.5f}",
-            "" if step is None else f"{step:.3f}",
         )
     Console().print(table)

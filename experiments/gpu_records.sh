@@ -6,7 +6,8 @@
 # Each stage prints into OUT/NAME.log and is done once OUT/NAME.done is there: a call that was cut off
 # goes on with the stage it was in. What takes both GPUs goes first; programs of later stages are
 # compiled meanwhile. Copy OUT/results into experiments/results and run `python -m experiments.report`.
-# EPOCHS (250) are those of LPBF, trained in bfloat16, a seed on each GPU.
+# EPOCHS (250) are those of LPBF, trained in bfloat16, a seed on each GPU; ABLATED (25) those of the
+# ablations on elasticity.
 set -u
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?usage: gpu_records.sh OUT}")
@@ -28,9 +29,11 @@ stage() { # NAME: of a function below, run once
     touch "$out/$1.done"
 }
 
-parts() { # half of them on each
+parts() { # half of them on each, and elasticity's cells on the CPU
     run 0 parts0 lpbf_parts --out "$out/parts0" --share 0 2
     run 1 parts1 lpbf_parts --out "$out/parts1" --share 1 2
+    JAX_PLATFORMS=cpu python3 -c "from flare_jax.problems import elasticity as cells
+for n in 1000, 2000: cells.load(cells.ElasticityConfig(num_train=n))" > "$out/cells.log" 2>&1 &
     wait
 }
 
@@ -49,16 +52,21 @@ devices() { # both, and nothing beside it
     wait
 }
 
-steps() { # timed on one, trained on the other
-    run 1 steps benchmark --parts step model --budget 260 --out "$out/results/benchmark_step.json"
-    run 0 elasticity2000 elasticity --out "$out/elasticity2000" --num-train 2000 --epochs 80 --seeds 2
+elasticity() { # on one: twice the cells in as many steps; on the other: the ablations, side by side
+    local tables="--out $out/ablations --ablations blocks heads depth --epochs ${ABLATED:-25} --seeds 1"
+    for n in 1000 2000; do
+        run 0 elasticity$n elasticity --out "$out/elasticity$n" --num-train $n \
+            --epochs $((160000 / n)) --seeds 2
+    done
+    for k in 0 1 2 3 4 5; do
+        run 1 ablations$k elasticity $tables --share $k 6
+    done
     wait
-    run 0 elasticity1000 elasticity --out "$out/elasticity1000" --epochs 160 --seeds 2
-    run 1 plans tune_step --out "$out/results" --dtype bfloat16
+    run 1 ablations elasticity $tables
     wait
 }
 
 stage parts
 stage lpbf
 stage devices
-stage steps
+stage elasticity

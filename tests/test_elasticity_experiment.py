@@ -39,6 +39,8 @@ def test_every_ablation_is_a_model_of_its_own(tmp_path):
         elasticity_ablations.folder(elasticity.configuration(options, **c.changes)) for c in cases
     ]
     assert len(cases) == 24 and len(set(folders)) == 22  # the paper's own model is in all three
+    shares = [elasticity.shared_out(folders, (k, 6)) for k in range(6)]
+    assert sorted(sum(shares, [])) == sorted(set(folders))  # no model trained twice
     paper = elasticity_ablations.folder(elasticity.configuration(options))
     assert folders.count(paper) == 3
 
