@@ -63,7 +63,7 @@ def few(
 PLANS = {
     (32, "native"): Plan(Tile(64, 4, 528, bias=False), ((5, Tile(64, 4, 264)),)),
     (64, "native"): Plan(
-        Tile(64, 4, 264, bias=False),
+        Tile(64, 4, 264, stages=1, bias=False),
         ((3, Tile(64, 4, 264, stages=1, bias=False)), (2, Tile(64, 4, 264))),
     ),
     (128, "native"): Plan(

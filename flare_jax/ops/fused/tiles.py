@@ -92,9 +92,11 @@ TABLE = {
     ("encode", "native", "few latents"): Tile(128, 64, 4, 3, 4),
     ("encode", "native", "many latents"): Tile(64, 128, 4, 3, 8),
     ("encode", "native", "few tokens"): Tile(64, 128, 4, 3, 4),
+    ("encode", "native", "two heads"): Tile(128, 64, 4, 3, 8),
     ("encode", "fast", "usual"): Tile(64, 128, 4, 3, 8),
     ("encode", "fast", "few tokens"): Tile(64, 128, 4, 3, 2),
     ("encode", "fast", "many latents"): Tile(64, 128, 4, 3, 8),
+    ("encode", "fast", "two heads"): Tile(64, 64, 4, 3, 8),
     ("encode", "exact", "usual"): Tile(32, 64, 4, 2, 4),
     ("decode", "native", "usual"): Tile(64, 128, 4, 3, 16),
     ("decode", "native", "many latents"): Tile(128, 64, 4, 2, 32),
@@ -112,8 +114,10 @@ TABLE = {
     ("dz", "exact", "usual"): Tile(32, 64, 4, 2, 4),
     ("dkv", "native", "usual"): Tile(64, 64, 4, 2, 3),
     ("dkv", "native", "many latents"): Tile(64, 64, 4, 2, 8),
+    ("dkv", "native", "two heads"): Tile(32, 64, 2, 2, 6),
     ("dkv", "fast", "usual"): Tile(32, 64, 2, 1, 4),
     ("dkv", "fast", "many latents"): Tile(64, 64, 4, 1, 16),
+    ("dkv", "fast", "two heads"): Tile(64, 64, 4, 1, 4),
     ("dkv", "exact", "usual"): Tile(32, 32, 4, 1, 4),
     ("dq", "native", "many latents"): Tile(64, 64, 4, 3, 8),
     ("dq", "fast", "many latents"): Tile(64, 64, 4, 1, 8),
@@ -137,7 +141,8 @@ def entry_for(kernel: str, shape: Shape) -> tuple[str, str, str]:
     many = kernel == "dq" or (not fuses_dq(shape) if kernel == "dkv" else shape.m > 256)
     few = shape.b * shape.n <= FEW_TOKENS
     sizes = ["many latents"] * many + ["few tokens"] * (few and not many)
-    sizes += ["few latents"] * (shape.m <= 64) + ["usual"]
+    sizes += ["few latents"] if shape.m <= 64 else ["two heads"] * (shape.group == 2)
+    sizes += ["usual"]
     precisions = [shape.precision] + ["fast"] * (shape.precision == "exact")
     keys = [(kernel, precision, size) for precision in precisions for size in sizes]
     return next(key for key in keys if key in TABLE)
