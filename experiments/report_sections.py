@@ -102,14 +102,14 @@ def sizes(records: dict, published: dict) -> str:
         cost, valid = r["cost_of_sizes"], r["rows"][-1]
         rows.append([name, f"{len(r['seeds'])}", f"{r['epochs_done']:.3g} of {r['epochs']}"])
         rows[-1] += [number(r["seconds_per_epoch"]), f"{cost['padding']:.1%}"]
-        rows[-1] += [number(cost["points_per_second"] * len(r["seeds"]), ".2f", 1e-6)]
+        rows[-1] += [number(cost["points_per_second"], ".2f", 1e-6)]
         rows[-1] += [number(cost["ratio"], ".3f")]
         rows[-1] += [error(sum(valid[k]) / len(valid[k])) for k in ("valid", "valid_ema")]
         rows[-1] += [error(r["mean_predictor_rel_l2"])]
     head = ["", "seeds", "epochs", "s an epoch", "padding", "million real points/s", "ratio"]
     head += ["validation rel-L2 × 10³", "running average", "mean predictor"]
-    text = "Points of all seeds; ratio: to training on meshes that all have the mean size.\n\n"
-    lines = "".join(source(name, r) for name, r in records.items())
+    text = "Of one seed; ratio: to training on meshes that all have the mean size.\n\n"
+    lines = "".join(source(name, r) + picture(name) for name, r in records.items())
     return text + table(head, rows) + lines
 
 
