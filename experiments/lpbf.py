@@ -40,14 +40,14 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import records
-from flare_jax.data.buckets import describe, make_plan, waste
+from flare_jax.data.buckets import describe, waste
 from flare_jax.plots import prediction_figure
 from flare_jax.predict import load_run, one_sample
 from flare_jax.problems import lpbf
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import Problem, Split, buckets_of, count_of
 from flare_jax.train.config import Config, Precision, differences, preset, to_dict
-from flare_jax.train.loop import MATMUL, Interrupted, fit, make_steps, start
+from flare_jax.train.loop import MATMUL, Interrupted, fit, make_steps, plan_of, start
 from flare_jax.train.optimizer import make_optimizer
 
 PAPER = 18.5e-3  # test error of FLARE in its paper, on the published set: the legacy metric
@@ -120,15 +120,17 @@ def terminate(seconds: float, over: threading.Event) -> None:
         seconds = 2
 
 
-def points_of(problem: Problem) -> int:
-    """Real points of the training samples."""
-    return sum(int(split.mask.sum()) for split in buckets_of(problem.train))
+def points_of(problem: Problem, config: Config) -> float:
+    """Real points of an epoch: all but those of the samples that it leaves over, on average."""
+    plan = plan_of(problem, config)
+    each = zip(buckets_of(problem.train), plan.calls, plan.runs, plan.batches, strict=True)
+    return sum(s.mask.sum() * calls * run * batch / len(s.x) for s, calls, run, batch in each)
 
 
 def seconds_of_an_epoch(problem: Problem, config: Config) -> float:
     """Time of the training steps of a second epoch: the first one compiles."""
     t = config.train
-    plan = make_plan(problem.train, t.batch_size, t.batch_tokens)
+    plan = plan_of(problem, config)
     tx = make_optimizer(config.optimizer, t.epochs * plan.per_epoch)
     apply, run = start(problem, config, tx)
     state = run.state
@@ -144,8 +146,8 @@ def seconds_of_an_epoch(problem: Problem, config: Config) -> float:
 
 def of_one_size(problem: Problem, count: int = 128) -> Problem:
     """The problem with training samples of the mean size, cut from the points of the real ones."""
-    size = points_of(problem) // count_of(problem.train)
-    size = max(size // 256, 1) * 256
+    points = sum(int(split.mask.sum()) for split in buckets_of(problem.train))
+    size = max(points // count_of(problem.train) // 256, 1) * 256
     together = lambda name: np.concatenate(
         [getattr(split, name)[split.mask] for split in buckets_of(problem.train)]
     )
@@ -157,8 +159,8 @@ def of_one_size(problem: Problem, count: int = 128) -> Problem:
 def cost_of_sizes(problem: Problem, config: Config, seconds: float) -> dict:
     """What padding and changing sizes cost: `seconds` are those of an epoch of training."""
     same = of_one_size(problem, count=min(128, count_of(problem.train)))
-    fixed = points_of(same) / seconds_of_an_epoch(same, config)
-    ragged = points_of(problem) / seconds
+    fixed = points_of(same, config) / seconds_of_an_epoch(same, config)
+    ragged = points_of(problem, config) / seconds
     return {
         "padding": waste(problem.train),
         "buckets": describe(problem.train),

@@ -1,18 +1,20 @@
 """Meshes of different sizes in arrays: a few bucket sizes, padding, and the order of batches.
 
-A compiled program has one shape, so meshes are padded to one of a few sizes and masked. An epoch
-uses every sample of every bucket once, but for those that a bucket's batch size leaves over, which
-are other ones every time. Its order follows from (seed, epoch) alone:
+A compiled program has one shape, so meshes are padded to one of a few sizes and masked. Steps come
+in runs, a call of the device each: some steps on one bucket, since a call costs the host more than
+a step on a small mesh takes. An epoch uses every sample of every bucket once, but for those that a
+bucket's batches and runs leave over, which are other ones every time. Its order follows from (seed,
+epoch) alone:
 
-    which bucket a step takes    drawn from the epoch: the same for all seeds trained side by side
-    which samples of it          drawn from (seed, epoch)
+    which bucket a run takes    drawn from the epoch: the same for all seeds trained side by side
+    which samples of it         drawn from (seed, epoch)
 
 Samples that all have one size are one bucket.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -120,33 +122,41 @@ class Plan:
     """What an epoch takes of each bucket."""
 
     samples: tuple[int, ...]
-    batches: tuple[int, ...]  # samples in a batch
+    batches: tuple[int, ...]  # samples in a batch, one for each step
+    runs: tuple[int, ...]  # steps in a run
 
     @property
-    def steps(self) -> tuple[int, ...]:
-        """Batches of each bucket in an epoch."""
-        return tuple(n // b for n, b in zip(self.samples, self.batches, strict=True))
+    def calls(self) -> tuple[int, ...]:
+        """Runs of each bucket in an epoch."""
+        each = zip(self.samples, self.batches, self.runs, strict=True)
+        return tuple(n // (batch * run) for n, batch, run in each)
 
     @property
     def per_epoch(self) -> int:
         """Steps of an epoch."""
-        return sum(self.steps)
+        return sum(calls * run for calls, run in zip(self.calls, self.runs, strict=True))
 
 
 def make_plan(
-    samples: Samples, batch_size: int, batch_tokens: int | None = None, ranks: int = 1
+    samples: Samples,
+    batch_size: int,
+    batch_tokens: int | None = None,
+    ranks: int = 1,
+    run: int = 1,
 ) -> Plan:
     """The plan for batches of `batch_size` samples, or of about `batch_tokens` points.
 
     With `batch_tokens`, buckets of small meshes have more samples in a batch: the largest number
     that stays within it, or down to half of that where fewer samples are left over. A sample of a
-    shared batch weighs less in its step, as with any batch size. `ranks` divides every batch.
+    shared batch weighs less in its step, as with any batch size. `ranks` divides every batch. Runs
+    have `run` steps, or down to half of that where fewer are left over; those of a single bucket
+    leave none.
 
     Raises:
         ValueError: a bucket holds fewer samples than `ranks`.
     """
-    batches = []
-    for split in buckets_of(samples):
+    buckets, batches, runs = buckets_of(samples), [], []
+    for split in buckets:
         n, points = split.x.shape[:2]
         most = batch_size if batch_tokens is None else batch_tokens // points
         most = min(max(most, ranks), n) // ranks * ranks
@@ -156,32 +166,43 @@ def make_plan(
                 "device mesh: use fewer buckets, or a smaller data axis"
             )
         least = most if batch_tokens is None else max(most // 2 // ranks, 1) * ranks
-        batches.append(max(range(least, most + 1, ranks), key=lambda b, n=n: (n // b * b, b)))
-    return Plan(tuple(len(split.x) for split in buckets_of(samples)), tuple(batches))
+        batches.append(fewest_left(n, range(least, most + 1, ranks)))
+        steps = n // batches[-1]
+        most = min(run, steps)
+        least = 1 if len(buckets) == 1 else max(most // 2, 1)
+        runs.append(fewest_left(steps, range(least, most + 1)))
+    return Plan(tuple(len(split.x) for split in buckets), tuple(batches), tuple(runs))
+
+
+def fewest_left(total: int, sizes: Iterable[int]) -> int:
+    """The size of groups that leave the fewest of `total` over; the largest of several."""
+    return max(sizes, key=lambda size: (total // size * size, size))
 
 
 def batches(
-    plan: Plan, keys: np.ndarray, done: int, length: int, whole: bool
+    plan: Plan, keys: np.ndarray, done: int
 ) -> Iterator[tuple[int, Int[np.ndarray, "seeds steps batch"]]]:
-    """(bucket, rows of its samples) for the `length` steps after step `done`, within an epoch.
+    """(bucket, rows of its samples) of each run after step `done`, to the end of its epoch.
 
-    `whole` (of a single bucket): all steps at once; otherwise one at a time.
+    Raises:
+        ValueError: `done` is within a run.
     """
     epoch, first = divmod(done, plan.per_epoch)
-    rows = jax.device_get(epoch_rows(keys, epoch, plan))
-    if whole:
-        yield 0, rows[0][:, first : first + length]
-        return
-    sequence = bucket_sequence(plan, epoch)
-    seen = np.bincount(sequence[:first], minlength=len(plan.samples))
-    for bucket in sequence[first : first + length]:
-        yield int(bucket), rows[bucket][:, seen[bucket] : seen[bucket] + 1]
-        seen[bucket] += 1
+    rows, seen = jax.device_get(epoch_rows(keys, epoch, plan)), [0] * len(plan.runs)
+    at = 0
+    for bucket in bucket_sequence(plan, epoch):
+        run, start = plan.runs[bucket], seen[bucket]
+        if at >= first:
+            yield int(bucket), rows[bucket][:, start : start + run]
+        elif at + run > first:
+            raise ValueError(f"step {done} is within a run of {run} steps: not of this plan")
+        seen[bucket] += run
+        at += run
 
 
-def bucket_sequence(plan: Plan, epoch: int) -> Int[np.ndarray, "steps"]:
-    """The bucket that each step of an epoch takes its batch from."""
-    sequence = np.repeat(np.arange(len(plan.steps)), plan.steps)
+def bucket_sequence(plan: Plan, epoch: int) -> Int[np.ndarray, "calls"]:
+    """The bucket that each run of an epoch takes its batches from."""
+    sequence = np.repeat(np.arange(len(plan.calls)), plan.calls)
     return np.random.RandomState(epoch).permutation(sequence)  # a generator that never changes
 
 
@@ -199,8 +220,8 @@ def epoch_rows(keys, epoch: int, plan: Plan) -> tuple[jax.Array, ...]:
         order = jax.random.permutation(key, len(bucket))
         order = order[jnp.argsort(jnp.asarray(bucket)[order], stable=True)]
         return tuple(
-            (order[start : start + steps * size] - start).reshape(steps, size)
-            for start, steps, size in zip(starts, plan.steps, plan.batches, strict=False)
+            (order[start : start + n // size * size] - start).reshape(-1, size)
+            for start, n, size in zip(starts, plan.samples, plan.batches, strict=False)
         )
 
     return jax.vmap(of_seed)(keys)

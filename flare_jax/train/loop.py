@@ -2,11 +2,11 @@
 
 Every array of a run has a leading axis of seeds, trained together by `vmap`. The samples live on
 the device; one call runs a `lax.scan` over a chunk of an epoch's steps. Where samples differ in
-size there is a program for each bucket of them, and a call for each step. The order of an epoch
-follows from (seed, epoch) alone (`data/buckets.py`), so a resumed run sees what an undisturbed one
-sees. Training samples larger than DEVICE_BYTES stay on the host, and the batches of the next steps
-travel while a step runs. On many devices the same code runs on arrays spread over them: see
-`parallel.py`.
+size there is a program for each bucket of them, and a call for every few steps on one bucket. The
+order of an epoch follows from (seed, epoch) alone (`data/buckets.py`), so a resumed run sees what
+an undisturbed one sees. Training samples larger than DEVICE_BYTES stay on the host, and the batches
+of the next calls travel while one runs. On many devices the same code runs on arrays spread over
+them: see `parallel.py`.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from flare_jax import parallel
-from flare_jax.data.buckets import batches, make_plan, take_samples, waste
+from flare_jax.data.buckets import Plan, batches, make_plan, take_samples, waste
 from flare_jax.models.flare import FLAREModel
 from flare_jax.models.functional import Params, functional, num_parameters
 from flare_jax.ops.fused.mlp_plans import SEEDS
@@ -46,13 +46,15 @@ from flare_jax.train.config import Config, to_dict
 from flare_jax.train.errors import make_errors
 from flare_jax.train.log import MetricsFile, progress_bar
 from flare_jax.train.optimizer import make_optimizer
-from flare_jax.train.packed import Packing
 from flare_jax.train.step import TrainState, init_state, make_train_step, surrogate_loss
 
 # "tf32" is three bfloat16 products (2^-16), as in the kernels; TF32 itself has 2^-11
 MATMUL = {"float32": "highest", "tf32": "BF16_BF16_F32_X3", "bfloat16": "bfloat16"}
 DEVICE_BYTES = 4 * 2**30  # larger training sets stay on the host
 AHEAD = 3  # calls that wait on the device while the host prepares the next
+# Steps in a call where a bucket or a batch must follow another. A call hands over 1,267 arrays for
+# eight blocks (parameters, their average, two moments): 3 to 7 ms of the host's time.
+RUN = 8
 
 
 class NonFiniteError(RuntimeError):
@@ -197,7 +199,7 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
     t, plain = config.train, {"name": problem.name, **to_dict(config)}
     plain["problem"].pop("cache", None)  # where generated samples are kept decides nothing
     ranks = 1 if mesh is None else mesh.shape[parallel.DATA]
-    plan = make_plan(problem.train, t.batch_size, t.batch_tokens, ranks)
+    plan = plan_of(problem, config, ranks)
     per_epoch = plan.per_epoch
     steps = t.epochs * per_epoch
     tx = make_optimizer(config.optimizer, steps)
@@ -258,16 +260,25 @@ def fields(problem: Problem) -> dict:
     return {"inputs": problem.inputs, "targets": problem.targets, "points": largest}
 
 
+def plan_of(problem: Problem, config: Config, ranks: int = 1) -> Plan:
+    """What an epoch takes of each bucket; a single one on the device is one call after another."""
+    t, single = config.train, len(buckets_of(problem.train)) == 1
+    run = t.chunk_steps if single and fits(problem) else min(RUN, t.chunk_steps)
+    return make_plan(problem.train, t.batch_size, t.batch_tokens, ranks, run)
+
+
+def fits(problem: Problem) -> bool:
+    """Whether the training samples are kept on the device."""
+    arrays = (a for split in buckets_of(problem.train) for a in split if a is not None)
+    return sum(a.nbytes for a in arrays) <= DEVICE_BYTES
+
+
 def make_steps(problem, config, plan, tx, apply, run, mesh, fsdp) -> Callable:
     """`(state, done) -> (state, metrics [seeds, length])`: the next steps after step `done`.
 
-    They end within the epoch, chunk_steps later at most. All steps of a single bucket on the device
-    are one call, so their number divides the epoch's; others are a call each, on a packed state.
+    They are whole runs of the plan, within the epoch, and chunk_steps at most.
     """
-    buckets = buckets_of(problem.train)
-    resident = sum(a.nbytes for split in buckets for a in split if a is not None) <= DEVICE_BYTES
-    whole, most = resident and len(buckets) == 1, config.train.chunk_steps
-    length = max(d for d in range(1, min(plan.per_epoch, most) + 1) if plan.per_epoch % d == 0)
+    buckets, resident = buckets_of(problem.train), fits(problem)
     placed = [parallel.place_samples(split, mesh) for split in buckets] if resident else None
     keys = np.asarray(run.keys)
 
@@ -278,36 +289,26 @@ def make_steps(problem, config, plan, tx, apply, run, mesh, fsdp) -> Callable:
         rows = np.arange(rows.size, dtype=rows.dtype).reshape(rows.shape)
         return parallel.place_samples(samples, mesh), rows
 
-    packing = None if whole or fsdp else Packing(jax.tree.map(lambda x: x[0], run.state.params))
-    pack, unpack = over_seeds(packing, mesh)
-    state = pack(run.state)
-    make = functools.partial(make_program, problem, config, packing, tx, apply, run.y_normalizer)
-    programs = [make(bucket, state, mesh, fsdp) for bucket in buckets]
-    if not whole:
-        first = [np.zeros((len(keys), 1, size), np.int32) for size in plan.batches]
-        programs = compiled(programs, [(state, *arguments(*a)) for a in enumerate(first)])
+    make = functools.partial(make_program, problem, config, tx, apply, run.y_normalizer)
+    programs = [make(bucket, run.state, mesh, fsdp) for bucket in buckets]
+    if len(buckets) > 1:
+        sizes = zip(plan.runs, plan.batches, strict=True)
+        first = [np.zeros((len(keys), *size), np.int32) for size in sizes]
+        programs = compiled(programs, [(run.state, *arguments(*a)) for a in enumerate(first)])
 
     def chunk(state, done):
-        steps = length if whole else min(most, plan.per_epoch - done % plan.per_epoch)
-        state, values = pack(state), []
-        for bucket, rows in batches(plan, keys, done, steps, whole):
+        values, left = [], config.train.chunk_steps
+        for bucket, rows in batches(plan, keys, done):
+            left -= rows.shape[1]
+            if left < 0:
+                break
             state, value = programs[bucket](state, *arguments(bucket, rows))
             values.append(value)
             jax.block_until_ready(values[-AHEAD:][0])
         values = jax.device_get(values)
-        values = {name: np.concatenate([v[name] for v in values], 1) for name in values[0]}
-        return unpack(state), values
+        return state, {name: np.concatenate([v[name] for v in values], 1) for name in values[0]}
 
     return chunk
-
-
-def over_seeds(packing: Packing | None, mesh: Mesh | None) -> tuple[Callable, Callable]:
-    """Packs and unpacks the state of all seeds; without packing both return what they get."""
-    if packing is None:
-        return (lambda state: state,) * 2
-    options = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
-    jitted = lambda f: jax.jit(jax.vmap(f), **options)
-    return jitted(packing.packed), jitted(packing.unpacked)
 
 
 def compiled(programs: Sequence[Callable], arguments: Sequence[tuple]) -> list[Callable]:
@@ -317,16 +318,13 @@ def compiled(programs: Sequence[Callable], arguments: Sequence[tuple]) -> list[C
         return list(pool.map(lambda program: program.compile(), lowered))
 
 
-def make_program(
-    problem, config, packing, tx, apply, y_normalizer, bucket, state, mesh, fsdp
-) -> Callable:
+def make_program(problem, config, tx, apply, y_normalizer, bucket, state, mesh, fsdp) -> Callable:
     """`make_chunk`'s function for samples of a bucket's size, and for states like `state`."""
     loss = surrogate_loss(
         parallel.model_over(apply, mesh),
         parallel.loss_over(problem.loss, mesh, bucket.y.shape[1]),
         jax.tree.map(np.asarray, y_normalizer),
     )
-    loss = packing.loss(loss) if packing else loss
     value_and_grad = parallel.value_and_grad(mesh, fsdp)
     train_step = make_train_step(loss, tx, config.optimizer.ema_decay, value_and_grad)
     t, size = config.train, bucket.y.shape[1]

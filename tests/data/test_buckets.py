@@ -18,7 +18,7 @@ from flare_jax.problems.problem import Split
 
 SIZES = (3, 9, 4, 17, 8, 30, 5)
 KEYS = np.stack([jax.random.key_data(jax.random.key(seed)) for seed in (0, 1)])
-PLAN = Plan((7, 4, 5), (2, 3, 1))
+PLAN = Plan((7, 4, 5), (2, 3, 1), (1, 1, 2))
 
 
 def meshes(sizes=SIZES):
@@ -63,16 +63,17 @@ def test_padding_keeps_every_real_point_in_order():
 
 
 def epoch(keys, number, plan=PLAN):
-    calls = batches(plan, keys, number * plan.per_epoch, plan.per_epoch, False)
-    return [(bucket, rows[:, 0].tolist()) for bucket, rows in calls]
+    """(bucket, rows of each seed) of each run."""
+    calls = batches(plan, keys, number * plan.per_epoch)
+    return [(bucket, rows.reshape(len(keys), -1).tolist()) for bucket, rows in calls]
 
 
 def test_an_epoch_uses_each_sample_at_most_once():
     calls = epoch(KEYS, 3)
-    assert len(calls) == PLAN.per_epoch == 3 + 1 + 5
+    assert PLAN.calls == (3, 1, 2) and len(calls) == 6 and PLAN.per_epoch == 3 + 1 + 2 * 2
     for seed in (0, 1):
         used = [(b, i) for b, rows in calls for i in rows[seed]]
-        assert len(set(used)) == len(used) == 6 + 3 + 5
+        assert len(set(used)) == len(used) == 6 + 3 + 4
         assert all(0 <= i < PLAN.samples[b] for b, i in used)
 
 
@@ -80,8 +81,13 @@ def test_the_order_follows_from_seed_and_epoch_alone():
     both, alone = epoch(KEYS, 2), epoch(KEYS[1:], 2)
     assert [(b, rows[1:]) for b, rows in both] == alone  # seeds trained together or apart
     assert both[0][1][0] != both[0][1][1] and both != epoch(KEYS, 1)
-    part = batches(PLAN, KEYS, 2 * PLAN.per_epoch + 4, 3, False)  # a run resumed in an epoch
-    assert [(b, rows[:, 0].tolist()) for b, rows in part] == both[4:7]
+    starts = np.cumsum([0] + [PLAN.runs[b] for b, _ in both])
+    done = 2 * PLAN.per_epoch + int(starts[3])  # a run resumed in an epoch
+    part = batches(PLAN, KEYS, done)
+    assert [(b, rows.reshape(2, -1).tolist()) for b, rows in part] == both[3:]
+    long = next(i for i, (b, _) in enumerate(both) if PLAN.runs[b] == 2)
+    with pytest.raises(ValueError, match="within a run of 2 steps"):
+        next(batches(PLAN, KEYS, 2 * PLAN.per_epoch + int(starts[long]) + 1))
     assert not np.array_equal(bucket_sequence(PLAN, 0), bucket_sequence(PLAN, 1))
 
 
@@ -91,5 +97,10 @@ def test_small_meshes_share_a_batch():
     assert make_plan(buckets, 2).batches == (2, 2, 2)
     assert make_plan(buckets, 1, batch_tokens=64).batches == (5, 1, 1)  # 5 rather than 8: 20 / 5
     assert make_plan(buckets, 1, batch_tokens=64, ranks=2).batches == (4, 2, 2)
+    assert make_plan(buckets, 1, run=8).runs == (5, 8, 3)  # 5 rather than 8: 20 / 5
+    assert make_plan(buckets[0], 1, run=8).runs == (5,) and make_plan(
+        buckets[1], 2, run=8
+    ).runs == (4,)
+    assert make_plan(split(23, 8), 1, run=8).runs == (1,)  # a single bucket leaves nothing over
     with pytest.raises(ValueError, match="the 3 training samples of 100 points are fewer than"):
         make_plan(buckets, 4, ranks=4)

@@ -100,5 +100,6 @@ def test_samples_on_the_host_for_many_devices_give_the_numbers_of_one(whole, tmp
     monkeypatch.setattr(loop, "DEVICE_BYTES", 0)
     mesh = parallel.make_mesh("data=2,tokens=2", 2)
     result = fit(toy(), CONFIG, tmp_path, mesh=mesh)
-    np.testing.assert_allclose(losses(tmp_path)[:15], losses(whole[0])[:15], rtol=1e-5)
+    # 40 steps; then, at this learning rate, rounding grows tenfold every few
+    np.testing.assert_allclose(losses(tmp_path)[:12], losses(whole[0])[:12], rtol=1e-5)
     assert min(result["rel_l2"]["last"]["seeds"]) < 0.6 * result["mean_predictor_rel_l2"]
