@@ -4,8 +4,7 @@
 #     bash experiments/gpu_records.sh OUT
 #
 # Each stage prints into OUT/NAME.log and is done once OUT/NAME.done is there: a call that was cut off
-# goes on with the stage it was in. What takes both GPUs goes first; programs of later stages are
-# compiled meanwhile. Copy OUT/results into experiments/results and run `python -m experiments.report`.
+# goes on with the stage it was in. Copy OUT/results into experiments/results and run `python -m experiments.report`.
 # EPOCHS (250) are those of LPBF, trained in bfloat16, a seed on each GPU; ABLATED (25) those of the
 # ablations on elasticity.
 set -u
@@ -29,21 +28,12 @@ stage() { # NAME: of a function below, run once
     touch "$out/$1.done"
 }
 
-parts() { # half of them on each, and elasticity's cells on the CPU
+parts() { # half of them on each; meanwhile elasticity's cells on the CPU, and programs compiled
     run 0 parts0 lpbf_parts --out "$out/parts0" --share 0 2
     run 1 parts1 lpbf_parts --out "$out/parts1" --share 1 2
     JAX_PLATFORMS=cpu python3 -c "from flare_jax.problems import elasticity as cells
 for n in 1000, 2000: cells.load(cells.ElasticityConfig(num_train=n))" > "$out/cells.log" 2>&1 &
-    wait
-}
-
-lpbf() { # a seed on each
-    local options="--precision bfloat16 --epochs ${EPOCHS:-250} --seeds 1"
-    run 0 lpbf0 lpbf --out "$out/lpbf0.json" $options
-    run 1 lpbf1 lpbf --out "$out/lpbf1.json" $options --seed 1
     run 0,1 compile scaling_devices --compile --threads 8
-    wait
-    run 0 join lpbf --out "$out/results/lpbf.json" --join "$out/lpbf0.json" "$out/lpbf1.json"
     wait
 }
 
@@ -66,7 +56,16 @@ elasticity() { # on one: twice the cells in as many steps; on the other: the abl
     wait
 }
 
+lpbf() { # a seed on each
+    local options="--precision bfloat16 --epochs ${EPOCHS:-250} --seeds 1"
+    run 0 lpbf0 lpbf --out "$out/lpbf0.json" $options
+    run 1 lpbf1 lpbf --out "$out/lpbf1.json" $options --seed 1
+    wait
+    run 0 join lpbf --out "$out/results/lpbf.json" --join "$out/lpbf0.json" "$out/lpbf1.json"
+    wait
+}
+
 stage parts
-stage lpbf
 stage devices
 stage elasticity
+stage lpbf
