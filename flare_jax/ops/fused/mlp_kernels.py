@@ -138,6 +138,22 @@ def _store(ref, rows, mask, value):
     plgpu.store(ref.at[rows, :], value.astype(ref.dtype), mask=mask)
 
 
+class Vectors:
+    """Biases, or a norm's scale and bias: in registers throughout, or from L1 with every tile."""
+
+    def __init__(self, refs, tile: Tile):
+        self.refs, self.kept = refs, None
+        self.kept = self._read() if tile.bias else None
+
+    def _read(self):
+        return [ref[...].astype(jnp.float32) for ref in self.refs]
+
+    def __call__(self, rows: int) -> list[jax.Array]:
+        """Each in as many rows."""
+        values = self._read() if self.kept is None else self.kept
+        return [_rows(value, rows) for value in values]
+
+
 class Layer:
     """x W + b. Resident: W stays in shared memory; else every tile reads it again (from L2).
 
@@ -145,24 +161,20 @@ class Layer:
     """
 
     def __init__(self, dots: Dots, refs, tile: Tile, index: int = 0, both: bool = False):
-        self.dots, (self.weight_refs, self.bias_ref) = dots, refs
+        self.dots, (self.weight_refs, bias_ref) = dots, refs
         self.weight = self._read() if index < tile.resident else None
         if both and self.weight is not None:
             self.weight = dots.transposed(self.weight)
-        self.bias = self._read_bias() if tile.bias else None
+        self.bias = Vectors([bias_ref], tile)
 
     def _read(self):
         if len(self.weight_refs) == 1:
             return self.dots.parts(self.weight_refs[0][...])
         return tuple(ref[...] for ref in self.weight_refs)
 
-    def _read_bias(self):
-        return self.bias_ref[...].astype(jnp.float32)
-
     def __call__(self, x: tuple, start: jax.Array | None = None) -> jax.Array:
         """start + x W + b, for x from `parts`."""
-        bias = self._read_bias() if self.bias is None else self.bias
-        bias = _rows(bias, x[0].shape[0])
+        (bias,) = self.bias(x[0].shape[0])
         start = bias if start is None else start + bias
         return self.dots.dot(x, self._read() if self.weight is None else self.weight, 1, 0, start)
 
@@ -191,8 +203,7 @@ def forward_kernel(
     dots, act = spec.dots(dtype), spec.activation(dtype)
     project = Layer(dots, projection[1], tile) if projection else None
     sets = [[Layer(dots, refs, tile, i) for i, refs in enumerate(layers)] for layers in sets]
-    norm = [r[...].astype(jnp.float32) for r in norm_refs]
-    rows_of = functools.partial(_rows, tile=tokens.tile)
+    norm = Vectors(norm_refs, tile)
 
     def body(rows, mask, carry):
         for layers, out_ref in zip(sets, out_refs, strict=True):
@@ -203,8 +214,9 @@ def forward_kernel(
                 if sum_ref is not None:
                     _store(sum_ref, rows, mask, raw)
             x = raw
-            if norm:
-                x = _normalise(raw, spec.epsilon)[0] * rows_of(norm[0]) + rows_of(norm[1])
+            if norm_refs:
+                scale, bias = norm(tokens.tile)
+                x = _normalise(raw, spec.epsilon)[0] * scale + bias
             active = layers[:-1] if spec.linear_last else layers
             for layer in active:
                 x = act.residual(layer(dots.parts(x)), x)
@@ -234,9 +246,8 @@ def backward_kernel(
     dots, act = spec.dots(dtype), spec.activation(dtype)
     project = Layer(dots, projection[1], tile) if projection else None
     layers = [Layer(dots, refs, tile, i, i >= first) for i, refs in enumerate(layers)]
-    norm = [r[...].astype(jnp.float32) for r in norm_refs]
+    norm = Vectors(norm_refs, tile)
     width, last = tokens.width, spec.layers - 1 if spec.linear_last else None
-    rows_of = functools.partial(_rows, tile=tokens.tile)
     own = range(first, len(layers))
 
     def write(block, dw, db):
@@ -257,8 +268,9 @@ def backward_kernel(
                 write(block, *sums[block])
 
         x = _load(x_ref, rows, mask).astype(jnp.float32)
-        if norm:
-            x = _normalise(x, spec.epsilon)[0] * rows_of(norm[0]) + rows_of(norm[1])
+        if norm_refs:
+            scale, bias = norm(tokens.tile)
+            x = _normalise(x, spec.epsilon)[0] * scale + bias
         inputs, gates = {}, {}
         for i, layer in enumerate(layers):
             parts = dots.parts(x)
@@ -283,14 +295,14 @@ def backward_kernel(
             g = layers[i].transposed(dh, g)
 
         if bottom:
-            if norm:  # the partial sums of its scale and bias too
+            if norm_refs:  # the partial sums of its scale and bias too
                 x = _load(x_ref, rows, mask).astype(jnp.float32)
                 x, rstd = _normalise(x, spec.epsilon)
                 norm_sums = tuple(
                     dots.column_sums(dots.parts(part), total)
                     for part, total in zip((g * x, g), norm_sums, strict=True)
                 )
-                g = g * rows_of(norm[0])
+                g = g * norm(tokens.tile)[0]
                 inner = _columns(jnp.sum(g * x, axis=1) / width, width)
                 g = g - _columns(jnp.sum(g, axis=1) / width, width) - x * inner
                 g = g * _columns(rstd, width)
@@ -305,7 +317,7 @@ def backward_kernel(
         return tuple(sums), norm_sums
 
     zero = jnp.zeros((width, width), jnp.float32), jnp.zeros((width, ONES), jnp.float32)
-    norm_zero = (zero[1].T, zero[1].T) if norm and bottom else ()
+    norm_zero = (zero[1].T, zero[1].T) if norm_refs and bottom else ()
     blocks = len(own) + bool(projection)
     sums, norm_sums = tokens.loop(body, ((zero,) * blocks, norm_zero))
     for block, (dw, db) in enumerate(() if tokens.single else sums):
