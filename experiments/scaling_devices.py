@@ -9,6 +9,7 @@ bfloat16 on one sample of N points. Parts:
     devices   1, 2 and 4 million points, C = 64 and 128, M = 128, on one device and on all R:
               strong scaling  T_1(N) / (R T_R(N)),    memory  B_1(N) / (R B_R(N))
               weak scaling    T_1(N) / T_R(R N),      memory  B_1(N) / B_R(R N)
+              and a million points' R-th part on one
     memory    1 million points, C = M = 64: what each of remat and scan_blocks costs and saves
     largest   C = M = 64: 8 million points on one device, then as many as its memory holds
 
@@ -84,10 +85,13 @@ def rows(devices: int, smoke: bool) -> list[Row]:
     ]
     for c in (64,) if smoke else (64, 128):
         counts = [1, 2] if smoke else [1, 2, 4]
-        found += [Row("devices", model(c, 128, **small), n * million, 1) for n in counts]
+        row = lambda n, devices, c=c: Row("devices", model(c, 128, **small), n, devices)
+        # a share of the smallest mesh, too: tells what messages cost from what few points cost
+        alone = [million // max(devices, 2), *(n * million for n in counts)]
+        found += [row(n, 1) for n in alone]
         if devices > 1:
-            spread = sorted({*counts, *(n * devices for n in counts)})
-            found += [Row("devices", model(c, 128, **small), n * million, devices) for n in spread]
+            spread = sorted({*(n * million for n in counts), *(n * devices for n in alone)})
+            found += [row(n, devices) for n in spread]
     found.append(Row("largest", model(64, 64, **small), 8 * million, 1))
     return sorted(found, key=lambda row: row.points * row.model.channel_dim / row.devices)
 

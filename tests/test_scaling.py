@@ -37,3 +37,4 @@ def test_one_two_and_four_million_points_on_one_and_two_devices():
     million = 1_000_000
     assert {(c, n * million, d) for c in (64, 128) for n in (1, 2, 4) for d in (1, 2)} <= sizes
     assert (64, 8 * million, 2) in sizes
+    assert (64, million // 2, 1) in sizes and (64, million // 2, 2) not in sizes
