@@ -7,6 +7,10 @@ import pathlib
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Compile time is most of the tests' time. With 0 they run on programs as users have them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Tests, and processes that they start, compile the same programs over and over.
+TESTS = pathlib.Path(__file__).parent
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -15,11 +19,6 @@ import pytest  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 inside a tolerance
-
-TESTS = pathlib.Path(__file__).parent
-# Tests compile the same programs over and over: compile time is most of their time.
-jax.config.update("jax_compilation_cache_dir", str(TESTS.parent / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def pytest_collection_modifyitems(items):
