@@ -60,7 +60,7 @@ def manufactured_error(sides, layers):
     stress = lambda x: jax.grad(elasticity.energy)(jax.jacfwd(manufactured)(x))
     body_force = lambda x: -jnp.einsum("ijj->i", jax.jacfwd(stress)(x))
     gauss = jnp.einsum("qa,clai->clqi", elasticity.shapes()[0], elasticity.elements(nodes))
-    f = jax.vmap(body_force)(gauss.reshape(-1, 2)).reshape(gauss.shape)
+    f = jax.jit(jax.vmap(body_force))(gauss.reshape(-1, 2)).reshape(gauss.shape)
     weights = elasticity.geometry(nodes)[1]
     parts = jnp.einsum("clq,qa,clqi->clai", weights, elasticity.shapes()[0], f)
     load = elasticity.assembled(parts)
