@@ -71,6 +71,12 @@ def value_and_gradients(q, k, v, dy, mask, implementation, scale=0.7):
     f = lambda q, k, v: flare_attention(
         q, k, v, mask=mask, scale=scale, implementation=implementation
     )
+    return pull(f, q, k, v, dy)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def pull(f, q, k, v, dy):
+    """f's value and its gradients, as one program."""
     y, pullback = jax.vjp(f, q, k, v)
     return y, *pullback(dy)
 
@@ -83,9 +89,8 @@ def oracle(case, dtype):
         q, k, v, dy = (jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, dy))
         dense = flare.reference
         f = lambda q, k, v: dense.decode(q, k, dense.encode(q, k, v, mask, 0.7)[0], mask, 0.7)
-        y, pullback = jax.vjp(f, q, k, v)
         dy = dy if mask is None else jnp.where(mask[:, :, None, None], dy, 0)
-        return tuple(np.asarray(x) for x in (y, *pullback(dy)))
+        return tuple(np.asarray(x) for x in pull(f, q, k, v, dy))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -177,7 +182,8 @@ def test_parts_merge_by_log_sum_exp(implementation):
         (merged, whole),
         *[(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)) for f in (merged, whole))],
     ):
-        for x, want in zip(jax.tree.leaves(f(q, k, v)), jax.tree.leaves(g(q, k, v)), strict=True):
+        found, wanted = (jax.tree.leaves(jax.jit(x)(q, k, v)) for x in (f, g))
+        for x, want in zip(found, wanted, strict=True):
             assert relative(x, want) <= TOLERANCE["float32"]
 
 
