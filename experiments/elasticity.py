@@ -226,6 +226,8 @@ def ablate(options: Options, problem) -> None:
     """Trains the models of the tables, or this process's share of them, and writes the record."""
     found = [(c, configuration(options, **c.changes)) for c in tables.cases(options.ablations)]
     mine = shared_out([tables.folder(config) for _, config in found], options.share)
+    if not mine:
+        raise ValueError(f"share {options.share} of {len(found)} models is empty")
     path, rows = options.out / f"ablations_{'_'.join(options.ablations)}.json", []
     for case, config in found:
         if tables.folder(config) not in mine:

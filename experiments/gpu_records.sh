@@ -4,7 +4,8 @@
 #     bash experiments/gpu_records.sh OUT
 #
 # Each stage prints into OUT/NAME.log and is done once OUT/NAME.done is there: a call that was cut off
-# goes on with the stage it was in. Copy OUT/results into experiments/results and run `python -m experiments.report`.
+# goes on with the stage it was in. Copy OUT/results into experiments/results and run
+# `python -m experiments.report`.
 # EPOCHS (250) are those of LPBF, trained in bfloat16, a seed on each GPU; ABLATED (25) those of the
 # ablations on elasticity.
 set -u
@@ -54,6 +55,10 @@ elasticity() { # on one: twice the cells in as many steps; on the other: the abl
     wait
     run 1 ablations elasticity $tables
     wait
+    cp "$out"/ablations/ablations_*.json "$out/results/"
+    for n in 1000 2000; do
+        cp "$out/elasticity$n/elasticity.json" "$out/results/elasticity_$n.json"
+    done
 }
 
 lpbf() { # a seed on each

@@ -123,8 +123,8 @@ def terminate(seconds: float, over: threading.Event) -> None:
 def points_of(problem: Problem, config: Config) -> float:
     """Real points of an epoch: all but those of the samples that it leaves over, on average."""
     plan = plan_of(problem, config)
-    each = zip(buckets_of(problem.train), plan.calls, plan.runs, plan.batches, strict=True)
-    return sum(s.mask.sum() * calls * run * batch / len(s.x) for s, calls, run, batch in each)
+    each = zip(buckets_of(problem.train), plan.steps, plan.batches, strict=True)
+    return sum(s.mask.sum() * steps * batch / len(s.x) for s, steps, batch in each)
 
 
 def seconds_of_an_epoch(problem: Problem, config: Config) -> float:

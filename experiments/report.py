@@ -35,10 +35,10 @@ def main() -> None:
 def with_speed(readme: str, records: dict[str, dict]) -> str:
     """The README with a section of the benchmark's main rows."""
     before, after = readme[: readme.index(SPEED[0])], readme[readme.index(SPEED[1]) :]
-    rows = [r for n in ("operator", "operator_many", "model") for r in found(records, n)]
+    rows = [r for n in ("operator", "operator_many", "model") for r in rows_of(records, n)]
     half = [r for r in rows if r["dtype"] == "bfloat16"]
     passes = compared("bfloat16, forward and backward", pass_of, half)
-    steps = compared("training step of the paper's recipe", step_of, found(records, "step"))
+    steps = compared("training step of the paper's recipe", step_of, rows_of(records, "step"))
     record = records["benchmark_model"]
     text = f"""{SPEED[0]}
 On one {record["device"]}, jax {record["jax"]}, torch {record["torch"]}.
@@ -51,7 +51,7 @@ was tried: [flare_jax/ops/fused/README.md](flare_jax/ops/fused/README.md).
     return before + text + passes + "\n" + steps + after
 
 
-def found(records: dict[str, dict], kind: str) -> list[dict]:
+def rows_of(records: dict[str, dict], kind: str) -> list[dict]:
     return records[f"benchmark_{kind}"]["rows"]
 
 

@@ -84,13 +84,12 @@ def rows(devices: int, smoke: bool) -> list[Row]:
         for scan in (False, True)
     ]
     for c in (64,) if smoke else (64, 128):
-        counts = [1, 2] if smoke else [1, 2, 4]
+        counts = [n * million for n in ([1, 2] if smoke else [1, 2, 4])]
         row = lambda n, devices, c=c: Row("devices", model(c, 128, **small), n, devices)
         # a share of the smallest mesh, too: tells what messages cost from what few points cost
-        alone = [million // max(devices, 2), *(n * million for n in counts)]
-        found += [row(n, 1) for n in alone]
+        found += [row(n, 1) for n in sorted({million // devices, *counts})]
         if devices > 1:
-            spread = sorted({*(n * million for n in counts), *(n * devices for n in alone)})
+            spread = sorted({*counts, *(n * devices for n in counts)})
             found += [row(n, devices) for n in spread]
     found.append(Row("largest", model(64, 64, **small), 8 * million, 1))
     return sorted(found, key=lambda row: row.points * row.model.channel_dim / row.devices)

@@ -132,9 +132,14 @@ class Plan:
         return tuple(n // (batch * run) for n, batch, run in each)
 
     @property
+    def steps(self) -> tuple[int, ...]:
+        """Batches of each bucket in an epoch."""
+        return tuple(calls * run for calls, run in zip(self.calls, self.runs, strict=True))
+
+    @property
     def per_epoch(self) -> int:
         """Steps of an epoch."""
-        return sum(calls * run for calls, run in zip(self.calls, self.runs, strict=True))
+        return sum(self.steps)
 
 
 def make_plan(
@@ -195,7 +200,10 @@ def batches(
         if at >= first:
             yield int(bucket), rows[bucket][:, start : start + run]
         elif at + run > first:
-            raise ValueError(f"step {done} is within a run of {run} steps: not of this plan")
+            raise ValueError(
+                f"step {done} is within a run of {run} steps: batches are other ones than before; "
+                "resume on the device mesh that the checkpoint was saved on"
+            )
         seen[bucket] += run
         at += run
 

@@ -97,10 +97,12 @@ def test_small_meshes_share_a_batch():
     assert make_plan(buckets, 2).batches == (2, 2, 2)
     assert make_plan(buckets, 1, batch_tokens=64).batches == (5, 1, 1)  # 5 rather than 8: 20 / 5
     assert make_plan(buckets, 1, batch_tokens=64, ranks=2).batches == (4, 2, 2)
-    assert make_plan(buckets, 1, run=8).runs == (5, 8, 3)  # 5 rather than 8: 20 / 5
-    assert make_plan(buckets[0], 1, run=8).runs == (5,) and make_plan(
-        buckets[1], 2, run=8
-    ).runs == (4,)
-    assert make_plan(split(23, 8), 1, run=8).runs == (1,)  # a single bucket leaves nothing over
     with pytest.raises(ValueError, match="the 3 training samples of 100 points are fewer than"):
         make_plan(buckets, 4, ranks=4)
+
+
+def test_runs_leave_few_batches_over():
+    split = lambda n: Split(np.zeros((n, 8, 1)), np.zeros((n, 8, 1)))
+    assert make_plan((split(20), split(9), split(3)), 1, run=8).runs == (5, 8, 3)  # 20 = 4 x 5
+    assert make_plan(split(9), 2, run=8).runs == (4,)
+    assert make_plan(split(23), 1, run=8).runs == (1,)  # a single bucket leaves nothing over

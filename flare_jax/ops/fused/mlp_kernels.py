@@ -142,7 +142,7 @@ class Vectors:
     """Biases, or a norm's scale and bias: in registers throughout, or from L1 with every tile."""
 
     def __init__(self, refs, tile: Tile):
-        self.refs, self.kept = refs, None
+        self.refs = refs
         self.kept = self._read() if tile.bias else None
 
     def _read(self):

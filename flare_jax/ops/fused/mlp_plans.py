@@ -26,7 +26,7 @@ class Tile:
     programs: int
     stages: int = 2
     resident: int = 99  # the first layers' weights stay in shared memory, others' come from L2
-    bias: bool = True  # biases stay in registers, else they come from L1 with every tile
+    bias: bool = True  # biases and norm stay in registers, else they come from L1 with every tile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,8 +141,8 @@ def entry_for(kernel: str, shape: Shape) -> tuple[str, str, str]:
     many = kernel == "dq" or (not fuses_dq(shape) if kernel == "dkv" else shape.m > 256)
     few = shape.b * shape.n <= FEW_TOKENS
     sizes = ["many latents"] * many + ["few tokens"] * (few and not many)
-    sizes += ["few latents"] if shape.m <= 64 else ["two heads"] * (shape.group == 2)
-    sizes += ["usual"]
+    pairs = shape.group == 2 and shape.m > 64 and not few
+    sizes += ["few latents"] * (shape.m <= 64) + ["two heads"] * pairs + ["usual"]
     precisions = [shape.precision] + ["fast"] * (shape.precision == "exact")
     keys = [(kernel, precision, size) for precision in precisions for size in sizes]
     return next(key for key in keys if key in TABLE)
