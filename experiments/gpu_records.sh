@@ -6,7 +6,7 @@
 # Each stage prints into OUT/NAME.log and is done once OUT/NAME.done is there: a call that was cut off
 # goes on with the stage it was in. Copy OUT/results into experiments/results and run
 # `python -m experiments.report`.
-# EPOCHS (250) are those of LPBF, trained in bfloat16, a seed on each GPU; ABLATED (25) those of the
+# EPOCHS (250) are those of LPBF, trained in bfloat16, a seed on each GPU; ABLATED (20) those of the
 # ablations on elasticity.
 set -u
 cd "$(dirname "$0")/.."
@@ -44,10 +44,10 @@ devices() { # both, and nothing beside it
 }
 
 elasticity() { # on one: twice the cells in as many steps; on the other: the ablations, side by side
-    local tables="--out $out/ablations --ablations blocks heads depth --epochs ${ABLATED:-25} --seeds 1"
+    local tables="--out $out/ablations --ablations blocks heads depth --epochs ${ABLATED:-20} --seeds 1"
     for n in 1000 2000; do
         run 0 elasticity$n elasticity --out "$out/elasticity$n" --num-train $n \
-            --epochs $((160000 / n)) --seeds 2
+            --epochs $((125000 / n)) --seeds 2
     done
     for k in 0 1 2 3 4 5; do
         run 1 ablations$k elasticity $tables --share $k 6

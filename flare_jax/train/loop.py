@@ -304,7 +304,8 @@ def make_steps(problem, config, plan, tx, apply, run, mesh, fsdp) -> Callable:
                 break
             state, value = programs[bucket](state, *arguments(bucket, rows))
             values.append(value)
-            jax.block_until_ready(values[-AHEAD:][0])
+            if len(values) >= AHEAD:
+                jax.block_until_ready(values[-AHEAD])
         values = jax.device_get(values)
         return state, {name: np.concatenate([v[name] for v in values], 1) for name in values[0]}
 
@@ -312,10 +313,14 @@ def make_steps(problem, config, plan, tx, apply, run, mesh, fsdp) -> Callable:
 
 
 def compiled(programs: Sequence[Callable], arguments: Sequence[tuple]) -> list[Callable]:
-    """The jitted programs, compiled side by side: each keeps a core busy, and memory."""
-    lowered = [program.lower(*args) for program, args in zip(programs, arguments, strict=True)]
+    """The jitted programs, compiled side by side: each keeps a core busy, and memory.
+
+    Tracing is Python's, one after another; a program compiles while the next ones are traced.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda program: program.compile(), lowered))
+        each = zip(programs, arguments, strict=True)
+        found = [pool.submit(program.lower(*args).compile) for program, args in each]
+    return [future.result() for future in found]
 
 
 def make_program(problem, config, tx, apply, y_normalizer, bucket, state, mesh, fsdp) -> Callable:

@@ -80,9 +80,10 @@ def _forward(spec: Spec, keep: bool, x, norm, sets, projection):
 
     projection: (y [N, C], its layer) or ().
     """
-    tile = spec.plan.forward
+    plan = spec.plan
+    tile = plan.forward if len(sets) == 1 else plan.together or plan.forward
     fit = spec.precision == "native" and x.shape[1] <= 64  # all weights on the chip
-    if len(sets) > 1 and (spec.plan.apart or (tile.resident and not fit)):
+    if len(sets) > 1 and (plan.apart or (tile.resident and not fit)):
         return [_forward(spec, False, x, norm, (one,), ())[0][0] for one in sets], None
     tokens = Tokens(*x.shape, tile)
     kernel = functools.partial(forward_kernel, spec=spec, tile=tile, tokens=tokens)

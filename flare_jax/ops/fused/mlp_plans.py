@@ -39,6 +39,7 @@ class Plan:
     ]  # (layers, Tile) a segment, from the last; the end repeats
     norm: Tile | None = None  # the norm's backward in a kernel of its own, else in the last segment
     apart: bool = False  # MLPs on the same x in kernels of their own, which can run at once
+    together: Tile | None = None  # else forward in one kernel with this tile (None: `forward`)
 
 
 def streamed(tile: int, warps: int, programs: int) -> Tile:
@@ -63,8 +64,9 @@ def few(
 PLANS = {
     (32, "native"): Plan(Tile(64, 4, 528, bias=False), ((5, Tile(64, 4, 264)),)),
     (64, "native"): Plan(
-        Tile(64, 4, 264, stages=1, bias=False),
-        ((3, Tile(64, 4, 264, stages=1, bias=False)), (2, Tile(64, 4, 264))),
+        Tile(64, 4, 396, stages=1, bias=False),
+        ((3, Tile(64, 4, 264, stages=1, bias=False)), (2, Tile(64, 4, 264, bias=False))),
+        together=Tile(64, 4, 264, stages=1, bias=False),
     ),
     (128, "native"): Plan(
         Tile(128, 8, 132, bias=False),
@@ -105,14 +107,20 @@ def even(plan: Plan, tokens: int) -> Plan:
     weight gradients than that takes, and no last tile for which most of the device waits.
     """
 
-    def tile(t: Tile) -> Tile:
+    def tile(t: Tile | None) -> Tile | None:
+        if t is None:
+            return None
         tiles = pl.cdiv(tokens, t.tile)
         rounds = pl.cdiv(models() * tiles, t.programs)
         return dataclasses.replace(t, programs=pl.cdiv(tiles, rounds))
 
-    backward = tuple((layers, tile(t)) for layers, t in plan.backward)
-    norm = plan.norm and tile(plan.norm)
-    return dataclasses.replace(plan, forward=tile(plan.forward), backward=backward, norm=norm)
+    return Plan(
+        tile(plan.forward),
+        tuple((layers, tile(t)) for layers, t in plan.backward),
+        tile(plan.norm),
+        plan.apart,
+        tile(plan.together),
+    )
 
 
 def models() -> int:
