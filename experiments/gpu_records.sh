@@ -6,7 +6,7 @@
 # Each stage prints into OUT/NAME.log and is done once OUT/NAME.done is there: a call that was cut off
 # goes on with the stage it was in. Copy OUT/results into experiments/results and run
 # `python -m experiments.report`.
-# EPOCHS (250) are those of LPBF, trained in bfloat16, a seed on each GPU; ABLATED (20) those of the
+# EPOCHS (250) are those of LPBF, trained in bfloat16, a seed on each GPU; ABLATED (30) those of the
 # ablations on elasticity.
 set -u
 cd "$(dirname "$0")/.."
@@ -33,7 +33,7 @@ parts() { # half of them on each; meanwhile elasticity's cells on the CPU, and p
     run 0 parts0 lpbf_parts --out "$out/parts0" --share 0 2
     run 1 parts1 lpbf_parts --out "$out/parts1" --share 1 2
     JAX_PLATFORMS=cpu python3 -c "from flare_jax.problems import elasticity as cells
-for n in 1000, 2000: cells.load(cells.ElasticityConfig(num_train=n))" > "$out/cells.log" 2>&1 &
+for n in 1000, 2000, 4000: cells.load(cells.ElasticityConfig(num_train=n))" > "$out/cells.log" 2>&1 &
     run 0,1 compile scaling_devices --compile --threads 8
     wait
 }
@@ -43,11 +43,11 @@ devices() { # both, and nothing beside it
     wait
 }
 
-elasticity() { # on one: twice the cells in as many steps; on the other: the ablations, side by side
-    local tables="--out $out/ablations --ablations blocks heads depth --epochs ${ABLATED:-20} --seeds 1"
-    for n in 1000 2000; do
+elasticity() { # on one: more cells in as many steps; on the other: the ablations, side by side
+    local tables="--out $out/ablations --ablations blocks heads depth --epochs ${ABLATED:-30} --seeds 1"
+    for n in 1000 2000 4000; do
         run 0 elasticity$n elasticity --out "$out/elasticity$n" --num-train $n \
-            --epochs $((125000 / n)) --seeds 2
+            --epochs $((100000 / n)) --seeds 2 --eval-every 5
     done
     for k in 0 1 2 3 4 5; do
         run 1 ablations$k elasticity $tables --share $k 6
@@ -56,7 +56,7 @@ elasticity() { # on one: twice the cells in as many steps; on the other: the abl
     run 1 ablations elasticity $tables
     wait
     cp "$out"/ablations/ablations_*.json "$out/results/"
-    for n in 1000 2000; do
+    for n in 1000 2000 4000; do
         cp "$out/elasticity$n/elasticity.json" "$out/results/elasticity_$n.json"
     done
 }

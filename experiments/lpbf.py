@@ -128,7 +128,7 @@ def points_of(problem: Problem, config: Config) -> float:
 
 
 def seconds_of_an_epoch(problem: Problem, config: Config) -> float:
-    """Time of the training steps of a second epoch: the first one compiles."""
+    """Time of the training steps of the last of a few epochs: the first one compiles."""
     t = config.train
     plan = plan_of(problem, config)
     tx = make_optimizer(config.optimizer, t.epochs * plan.per_epoch)
@@ -136,7 +136,7 @@ def seconds_of_an_epoch(problem: Problem, config: Config) -> float:
     state = run.state
     with jax.default_matmul_precision(MATMUL[t.precision]):
         chunk = make_steps(problem, config, plan, tx, apply, run, None, False)
-        for epoch in range(2):
+        for epoch in range(min(t.epochs, 4)):
             done, began = epoch * plan.per_epoch, time.perf_counter()
             while done < (epoch + 1) * plan.per_epoch:
                 state, values = chunk(state, done)
