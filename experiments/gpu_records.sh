@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The records that take GPUs, on a machine with two of them, in about half an hour:
+# The records that take GPUs, on a machine with two of them, in half an hour or a little more:
 #
 #     bash experiments/gpu_records.sh OUT
 #
@@ -29,17 +29,11 @@ stage() { # NAME: of a function below, run once
     touch "$out/$1.done"
 }
 
-parts() { # half of them on each; meanwhile elasticity's cells on the CPU, and programs compiled
+parts() { # half of them on each; meanwhile elasticity's cells on the CPU
     run 0 parts0 lpbf_parts --out "$out/parts0" --share 0 2
     run 1 parts1 lpbf_parts --out "$out/parts1" --share 1 2
     JAX_PLATFORMS=cpu python3 -c "from flare_jax.problems import elasticity as cells
 for n in 1000, 2000, 4000: cells.load(cells.ElasticityConfig(num_train=n))" > "$out/cells.log" 2>&1 &
-    run 0,1 compile scaling_devices --compile --threads 8
-    wait
-}
-
-devices() { # both, and nothing beside it
-    run 0,1 devices scaling_devices --threads 16 --out "$out/results/scaling_devices.json"
     wait
 }
 
@@ -52,6 +46,7 @@ elasticity() { # on one: more cells in as many steps; on the other: the ablation
     for k in 0 1 2 3 4 5; do
         run 1 ablations$k elasticity $tables --share $k 6
     done
+    run 0,1 compile scaling_devices --compile --threads 8
     wait
     run 1 ablations elasticity $tables
     wait
@@ -61,7 +56,7 @@ elasticity() { # on one: more cells in as many steps; on the other: the ablation
     done
 }
 
-lpbf() { # a seed on each
+lpbf() { # a seed on each, and nothing beside it
     local options="--precision bfloat16 --epochs ${EPOCHS:-250} --seeds 1"
     run 0 lpbf0 lpbf --out "$out/lpbf0.json" $options
     run 1 lpbf1 lpbf --out "$out/lpbf1.json" $options --seed 1
@@ -70,7 +65,12 @@ lpbf() { # a seed on each
     wait
 }
 
+devices() { # both, and nothing beside it
+    run 0,1 devices scaling_devices --threads 16 --out "$out/results/scaling_devices.json"
+    wait
+}
+
 stage parts
-stage devices
-stage elasticity
 stage lpbf
+stage elasticity
+stage devices

@@ -31,7 +31,7 @@ EPOCHS = 4  # the last one is timed
 def sizes_of(buckets: str, rng: np.random.Generator) -> list[int]:
     """As many sizes as meshes in each bucket of the text "96 of 4608, ... points, ...".
 
-    Evenly between a bucket's size and the one before; the first from half its size on.
+    Evenly above the size of the bucket before and up to its own; the first from half its size on.
     """
     pairs = [part.split() for part in buckets.split(" points")[0].split(", ")]
     counts, ends = zip(*((int(n), int(size)) for n, _, size in pairs), strict=True)
@@ -39,7 +39,7 @@ def sizes_of(buckets: str, rng: np.random.Generator) -> list[int]:
     return [
         int(size)
         for n, (low, high) in zip(counts, between, strict=True)
-        for size in rng.integers(low, high, n, endpoint=True)
+        for size in rng.integers(low, high, n) + 1
     ]
 
 

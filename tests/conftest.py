@@ -6,7 +6,10 @@ import pathlib
 # Tests run side by side, and threads of OpenBLAS that wait for a core spin. Read when it is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Compile time is most of the tests' time. With 0 they run on programs as users have them.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0":
+    # fusions by XLA's older emitters, which compile in two thirds of the time
+    older = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {older}"
 # Tests, and processes that they start, compile the same programs over and over.
 TESTS = pathlib.Path(__file__).parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".pytest_cache" / "jax"))

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import lpbf, records
+from experiments import lpbf, lpbf_sizes, records
 from flare_jax.data.buckets import bucketed
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import Normalizer, Problem
@@ -24,6 +24,15 @@ def test_samples_of_one_size_are_real_points_of_the_mean_size():
     assert split.x.shape == (6, 512, 3) and split.mask.all()  # 625 points, in whole tiles
     points = np.concatenate([s.x[s.mask] for s in real.train])
     np.testing.assert_array_equal(split.x.reshape(-1, 3)[:2500], points)
+
+
+def test_sizes_are_drawn_between_those_of_the_buckets():
+    text = "3 of 40, 200 of 64 points, 8.5% of them padding"
+    sizes = lpbf_sizes.sizes_of(text, np.random.default_rng(0))
+    assert len(sizes) == 203 and min(sizes[:3]) >= 20 and max(sizes[:3]) <= 40
+    assert (min(sizes[3:]), max(sizes[3:])) == (41, 64)
+    drawn = lpbf_sizes.problem_of(sizes, 4, np.random.default_rng(0))
+    assert sum(int(s.mask.sum()) for s in drawn.train) == sum(sizes)
 
 
 def test_the_mean_predictor_looks_good_in_the_published_metric():
