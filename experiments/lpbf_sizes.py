@@ -9,7 +9,6 @@ buckets that the generated parts were grouped into (cost_of_sizes in the record 
 """
 
 import argparse
-import dataclasses
 import json
 import time
 from itertools import pairwise
@@ -25,7 +24,6 @@ from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import Normalizer, Problem, count_of
 
 PARTS = Path(__file__).parent / "results" / "lpbf.json"
-EPOCHS = 4  # the last one is timed
 
 
 def sizes_of(buckets: str, rng: np.random.Generator) -> list[int]:
@@ -80,7 +78,6 @@ def main(arguments=None) -> None:
     began, rng = time.perf_counter(), np.random.default_rng(0)
     options = ["--out", str(args.out), "--precision", "bfloat16", "--seeds", "1"]
     config = lpbf.configuration(lpbf.parse([*options, *["--smoke"] * args.smoke]))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=EPOCHS))
     buckets = json.loads(PARTS.read_text())["cost_of_sizes"]["buckets"]
     sizes = sizes_of("4 of 40, 4 of 64 points" if args.smoke else buckets, rng)
     problem = problem_of(sizes, config.problem.num_buckets, rng)
