@@ -47,8 +47,9 @@ from flare_jax.problems import lpbf
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import Problem, Split, buckets_of, count_of
 from flare_jax.train.config import Config, Precision, differences, preset, to_dict
-from flare_jax.train.loop import MATMUL, Interrupted, fit, make_steps, plan_of, start
+from flare_jax.train.loop import MATMUL, Interrupted, fit, start
 from flare_jax.train.optimizer import make_optimizer
+from flare_jax.train.programs import make_steps, plan_of
 
 PAPER = 18.5e-3  # test error of FLARE in its paper, on the published set: the legacy metric
 

@@ -36,6 +36,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments import records
 from experiments.benchmark.layer import weights
 from flare_jax import parallel
 from flare_jax.models import FLAREConfig, FLAREModel, functional
@@ -247,7 +248,7 @@ def table(results: list[dict], scaling: list[dict]) -> str:
 def write(path: Path, results: list[dict], smoke: bool) -> list[dict]:
     scaling = efficiencies(results)
     record = {
-        "command": "python -m experiments.scaling_devices",
+        "command": records.command("scaling_devices", None),
         "smoke": smoke,
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),

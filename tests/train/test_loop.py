@@ -116,7 +116,6 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
 import test_loop
-from flare_jax.train import loop
 rename, count = os.rename, 0
 def die(*args, **kwargs):  # in the middle of the second save: written, not yet renamed
     global count

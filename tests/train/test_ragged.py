@@ -14,7 +14,7 @@ from flare_jax.models.flare import FLAREConfig
 from flare_jax.problems.darcy import DarcyConfig
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import Normalizer, Problem, buckets_of
-from flare_jax.train import loop
+from flare_jax.train import programs
 from flare_jax.train.config import TrainConfig, config_class
 from flare_jax.train.loop import fit
 from flare_jax.train.optimizer import OptimizerConfig
@@ -97,7 +97,7 @@ def test_a_resumed_run_gives_the_numbers_of_one_that_never_stopped(whole, tmp_pa
 
 
 def test_samples_on_the_host_for_many_devices_give_the_numbers_of_one(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "DEVICE_BYTES", 0)
+    monkeypatch.setattr(programs, "DEVICE_BYTES", 0)
     mesh = parallel.make_mesh("data=2,tokens=2", 2)
     result = fit(toy(), CONFIG, tmp_path, mesh=mesh)
     # 40 steps; then, at this learning rate, rounding grows tenfold every few
