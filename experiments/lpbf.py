@@ -19,8 +19,7 @@ and its figure go into a folder beside the record; a command that is cut off goe
 stopped. Validation chooses the parameters called `best`; the test samples measure and choose
 nothing. `legacy` is the error of the published table, see `flare_jax/problems/lpbf.py`.
 
-The record also holds what meshes of different sizes cost: real points a second in the training
-steps of the median epoch, over those of training on samples that all have their mean size.
+What meshes of different sizes cost beside meshes of one size: `experiments.lpbf_sizes`.
 """
 
 import argparse
@@ -34,7 +33,6 @@ import time
 import typing
 from pathlib import Path
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -45,11 +43,10 @@ from flare_jax.plots import prediction_figure
 from flare_jax.predict import load_run, one_sample
 from flare_jax.problems import lpbf
 from flare_jax.problems.metrics import rel_l2
-from flare_jax.problems.problem import Problem, Split, buckets_of, count_of
+from flare_jax.problems.problem import Problem, buckets_of, count_of
 from flare_jax.train.config import Config, Precision, differences, preset, to_dict
-from flare_jax.train.loop import MATMUL, Interrupted, fit, start
-from flare_jax.train.optimizer import make_optimizer
-from flare_jax.train.programs import make_steps, plan_of
+from flare_jax.train.loop import Interrupted, fit
+from flare_jax.train.programs import plan_of
 
 PAPER = 18.5e-3  # test error of FLARE in its paper, on the published set: the legacy metric
 
@@ -125,51 +122,8 @@ def points_of(problem: Problem, config: Config) -> float:
     """Real points of an epoch: all but those of the samples that it leaves over, on average."""
     plan = plan_of(problem, config)
     each = zip(buckets_of(problem.train), plan.steps, plan.batches, strict=True)
-    return sum(s.mask.sum() * steps * batch / len(s.x) for s, steps, batch in each)
-
-
-def seconds_of_an_epoch(problem: Problem, config: Config) -> float:
-    """Time of the training steps of the last of a few epochs: the first one compiles."""
-    t = config.train
-    plan = plan_of(problem, config)
-    tx = make_optimizer(config.optimizer, t.epochs * plan.per_epoch)
-    apply, run = start(problem, config, tx)
-    state = run.state
-    with jax.default_matmul_precision(MATMUL[t.precision]):
-        chunk = make_steps(problem, config, plan, tx, apply, run, None, False)
-        for epoch in range(min(t.epochs, 4)):
-            done, began = epoch * plan.per_epoch, time.perf_counter()
-            while done < (epoch + 1) * plan.per_epoch:
-                state, values = chunk(state, done)
-                done += values["loss"].shape[1]
-    return time.perf_counter() - began
-
-
-def of_one_size(problem: Problem, count: int = 128) -> Problem:
-    """The problem with training samples of the mean size, cut from the points of the real ones."""
-    points = sum(int(split.mask.sum()) for split in buckets_of(problem.train))
-    size = max(points // count_of(problem.train) // 256, 1) * 256
-    together = lambda name: np.concatenate(
-        [getattr(split, name)[split.mask] for split in buckets_of(problem.train)]
-    )
-    cut = lambda a: np.resize(a, (count, size, a.shape[1]))
-    x, y = cut(together("x")), cut(together("y"))
-    return dataclasses.replace(problem, train=(Split(x, y, np.ones((count, size), bool)),))
-
-
-def cost_of_sizes(problem: Problem, config: Config, seconds: float) -> dict:
-    """What padding and changing sizes cost: `seconds` are those of an epoch of training."""
-    same = of_one_size(problem, count=min(128, count_of(problem.train)))
-    fixed = points_of(same, config) / seconds_of_an_epoch(same, config)
-    ragged = points_of(problem, config) / seconds
-    return {
-        "padding": waste(problem.train),
-        "buckets": describe(problem.train),
-        "points_per_second": ragged,
-        "points_per_second_of_one_size": fixed,
-        "points_of_one_size": same.train[0].x.shape[1],
-        "ratio": ragged / fixed,
-    }
+    points = sum(s.mask.sum() * steps * batch / len(s.x) for s, steps, batch in each)
+    return float(points * plan.per_epoch / sum(plan.steps))
 
 
 def legacy_of_the_mean(problem: Problem) -> float:
@@ -221,7 +175,7 @@ def show(record: dict) -> None:
         f"{record['epochs_done']:g} of {record['epochs']} epochs, {len(record['seeds'])} seeds, "
         f"{record['precision']}, {record['seconds_per_epoch']:.1f} s an epoch{memory}, "
         f"{record['device']}; padding {cost['padding']:.1%}, {cost['points_per_second']:.3g} real "
-        f"points/s, {cost['ratio']:.2f} of those of one size"
+        "points/s"
     )
 
 
@@ -304,7 +258,11 @@ def main(arguments=None) -> None:
         "data_seconds": round(data_seconds, 1),
         "seconds_per_epoch": an_epoch,
         "training_seconds": spent,
-        "cost_of_sizes": cost_of_sizes(problem, config, an_epoch),
+        "cost_of_sizes": {
+            "padding": waste(problem.train),
+            "buckets": describe(problem.train),
+            "points_per_second": points_of(problem, config) / an_epoch,
+        },
         "result": result,
     }
     names = ("epoch", "seconds", "valid", "valid_ema")

@@ -99,17 +99,22 @@ def sizes(records: dict, published: dict) -> str:
     """What meshes of different sizes cost in training."""
     rows = []
     for name, r in records.items():
-        cost, valid = r["cost_of_sizes"], r["rows"][-1]
-        rows.append([name, f"{len(r['seeds'])}", f"{r['epochs_done']:.3g} of {r['epochs']}"])
-        rows[-1] += [number(r["seconds_per_epoch"]), f"{cost['padding']:.1%}"]
+        cost, epochs = r["cost_of_sizes"], r.get("epochs")
+        rows.append([name, f"{len(r['seeds'])}"])
+        rows[-1] += [f"{r['epochs_done']:.3g} of {epochs}" if epochs else DASH]
+        rows[-1] += [number(r.get("seconds_per_epoch")), f"{cost['padding']:.1%}"]
         rows[-1] += [number(cost["points_per_second"], ".2f", 1e-6)]
-        rows[-1] += [number(cost["ratio"], ".3f")]
-        rows[-1] += [error(sum(valid[k]) / len(valid[k])) for k in ("valid", "valid_ema")]
-        rows[-1] += [error(r["mean_predictor_rel_l2"])]
+        rows[-1] += [number(cost.get("ratio"), ".3f")]
+        for key in ("valid", "valid_ema"):
+            errors = r["rows"][-1].get(key)
+            rows[-1].append(error(sum(errors) / len(errors)) if errors else DASH)
+        mean = r.get("mean_predictor_rel_l2")
+        rows[-1].append(DASH if mean is None else error(mean))
     head = ["", "seeds", "epochs", "s an epoch", "padding", "million real points/s", "ratio"]
     head += ["validation rel-L2 × 10³", "running average", "mean predictor"]
     text = "Of one seed; ratio: to training on meshes that all have the mean size.\n\n"
-    lines = "".join(source(name, r) + picture(name) for name, r in records.items())
+    figures = lambda name, r: picture(name) if "result" in r else ""
+    lines = "".join(source(name, r) + figures(name, r) for name, r in records.items())
     return text + table(head, rows) + lines
 
 

@@ -20,19 +20,21 @@ def problem():
 
 def test_samples_of_one_size_are_real_points_of_the_mean_size():
     real = problem()
-    (split,) = lpbf.of_one_size(real, count=6).train
-    assert split.x.shape == (6, 512, 3) and split.mask.all()  # 625 points, in whole tiles
+    (split,) = lpbf_sizes.of_one_size(real).train
+    assert split.x.shape == (4, 512, 3) and split.mask.all()  # 625 points, in whole tiles
     points = np.concatenate([s.x[s.mask] for s in real.train])
-    np.testing.assert_array_equal(split.x.reshape(-1, 3)[:2500], points)
+    np.testing.assert_array_equal(split.x.reshape(-1, 3), points[: 4 * 512])
+    config = lpbf.configuration(lpbf.parse(["--out", "x.json"]))
+    assert lpbf.points_of(real, config) == len(points)
 
 
-def test_sizes_are_drawn_between_those_of_the_buckets():
-    text = "3 of 40, 200 of 64 points, 8.5% of them padding"
-    sizes = lpbf_sizes.sizes_of(text, np.random.default_rng(0))
-    assert len(sizes) == 203 and min(sizes[:3]) >= 20 and max(sizes[:3]) <= 40
-    assert (min(sizes[3:]), max(sizes[3:])) == (41, 64)
-    drawn = lpbf_sizes.problem_of(sizes, 4, np.random.default_rng(0))
-    assert sum(int(s.mask.sum()) for s in drawn.train) == sum(sizes)
+def test_sizes_are_drawn_by_their_statistics():
+    nodes = {"mean": 50, "std": 20, "min": 10, "max": 90}
+    sizes = lpbf_sizes.sizes_like(nodes, 2000, np.random.default_rng(0))
+    assert (len(sizes), min(sizes), max(sizes)) == (2000, 10, 90)
+    assert abs(np.mean(sizes) - 50) < 1 and 16 < np.std(sizes) < 20
+    drawn = lpbf_sizes.problem_of(sizes[:9], 4, np.random.default_rng(0))
+    assert sum(int(s.mask.sum()) for s in drawn.train) == sum(sizes[:9])
 
 
 def test_the_mean_predictor_looks_good_in_the_published_metric():

@@ -1,12 +1,11 @@
 """Meshes of different sizes in arrays: a few bucket sizes, padding, and the order of batches.
 
-A compiled program has one shape, so meshes are padded to one of a few sizes and masked. Steps come
-in runs, a call of the device each: some steps on one bucket, since a call costs the host more than
-a step on a small mesh takes. An epoch uses every sample of every bucket once, but for those that a
-bucket's batches and runs leave over, which are other ones every time. Its order follows from (seed,
-epoch) alone:
+A compiled program has one shape, so meshes are padded to one of a few sizes and masked. Every step
+takes its batch from one bucket. An epoch uses every sample of every bucket once, but for those that
+a bucket's batches and the epoch's calls leave over, which are other ones every time. Its order
+follows from (seed, epoch) alone:
 
-    which bucket a run takes    drawn from the epoch: the same for all seeds trained side by side
+    which bucket a step takes   drawn from the epoch: the same for all seeds trained side by side
     which samples of it         drawn from (seed, epoch)
 
 Samples that all have one size are one bucket.
@@ -123,23 +122,17 @@ class Plan:
 
     samples: tuple[int, ...]
     batches: tuple[int, ...]  # samples in a batch, one for each step
-    runs: tuple[int, ...]  # steps in a run
-
-    @property
-    def calls(self) -> tuple[int, ...]:
-        """Runs of each bucket in an epoch."""
-        each = zip(self.samples, self.batches, self.runs, strict=True)
-        return tuple(n // (batch * run) for n, batch, run in each)
+    run: int  # steps in a call of the device
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Batches of each bucket in an epoch."""
-        return tuple(calls * run for calls, run in zip(self.calls, self.runs, strict=True))
+        """Batches that each bucket has."""
+        return tuple(n // batch for n, batch in zip(self.samples, self.batches, strict=True))
 
     @property
     def per_epoch(self) -> int:
-        """Steps of an epoch."""
-        return sum(self.steps)
+        """Steps of an epoch: whole calls."""
+        return sum(self.steps) // self.run * self.run
 
 
 def make_plan(
@@ -153,15 +146,14 @@ def make_plan(
 
     With `batch_tokens`, buckets of small meshes have more samples in a batch: the largest number
     that stays within it, or down to half of that where fewer samples are left over. A sample of a
-    shared batch weighs less in its step, as with any batch size. `ranks` divides every batch. Runs
-    have `run` steps, or down to half of that where fewer are left over; those of a single bucket
-    leave none.
+    shared batch weighs less in its step, as with any batch size. `ranks` divides every batch. A
+    call has `run` steps, or down to half of that where fewer are left over.
 
     Raises:
         ValueError: a bucket holds fewer samples than `ranks`.
     """
-    buckets, batches, runs = buckets_of(samples), [], []
-    for split in buckets:
+    batches = []
+    for split in buckets_of(samples):
         n, points = split.x.shape[:2]
         most = batch_size if batch_tokens is None else batch_tokens // points
         most = min(max(most, ranks), n) // ranks * ranks
@@ -172,11 +164,10 @@ def make_plan(
             )
         least = most if batch_tokens is None else max(most // 2 // ranks, 1) * ranks
         batches.append(fewest_left(n, range(least, most + 1, ranks)))
-        steps = n // batches[-1]
-        most = min(run, steps)
-        least = 1 if len(buckets) == 1 else max(most // 2, 1)
-        runs.append(fewest_left(steps, range(least, most + 1)))
-    return Plan(tuple(len(split.x) for split in buckets), tuple(batches), tuple(runs))
+    plan = Plan(tuple(len(split.x) for split in buckets_of(samples)), tuple(batches), 1)
+    most = min(run, plan.per_epoch)
+    run = fewest_left(plan.per_epoch, range(max(most // 2, 1), most + 1))
+    return dataclasses.replace(plan, run=run)
 
 
 def fewest_left(total: int, sizes: Iterable[int]) -> int:
@@ -184,33 +175,34 @@ def fewest_left(total: int, sizes: Iterable[int]) -> int:
     return max(sizes, key=lambda size: (total // size * size, size))
 
 
-def batches(
+def calls(
     plan: Plan, keys: np.ndarray, done: int
-) -> Iterator[tuple[int, Int[np.ndarray, "seeds steps batch"]]]:
-    """(bucket, rows of its samples) of each run after step `done`, to the end of its epoch.
+) -> Iterator[tuple[Int[np.ndarray, "run"], Int[np.ndarray, "seeds run batch"]]]:
+    """The bucket of each step, and rows of its samples, for each call after step `done`.
+
+    To the end of its epoch. Rows are as many as the largest batch has: a smaller one's come first.
 
     Raises:
-        ValueError: `done` is within a run.
+        ValueError: `done` is within a call.
     """
     epoch, first = divmod(done, plan.per_epoch)
-    rows, seen = jax.device_get(epoch_rows(keys, epoch, plan)), [0] * len(plan.runs)
-    at = 0
-    for bucket in bucket_sequence(plan, epoch):
-        run, start = plan.runs[bucket], seen[bucket]
-        if at >= first:
-            yield int(bucket), rows[bucket][:, start : start + run]
-        elif at + run > first:
-            raise ValueError(
-                f"step {done} is within a run of {run} steps: batches are other ones than before; "
-                "resume on the device mesh that the checkpoint was saved on"
-            )
-        seen[bucket] += run
-        at += run
+    if first % plan.run:
+        raise ValueError(
+            f"step {done} is within a call of {plan.run} steps: batches are other ones than "
+            "before; resume on the device mesh that the checkpoint was saved on"
+        )
+    sequence = bucket_sequence(plan, epoch)
+    rows = np.zeros((len(keys), len(sequence), max(plan.batches)), np.int32)
+    for bucket, of_bucket in enumerate(jax.device_get(epoch_rows(keys, epoch, plan))):
+        rows[:, sequence == bucket, : plan.batches[bucket]] = of_bucket
+    for start in range(first, plan.per_epoch, plan.run):
+        end = start + plan.run
+        yield sequence[start:end], rows[:, start:end]
 
 
-def bucket_sequence(plan: Plan, epoch: int) -> Int[np.ndarray, "calls"]:
-    """The bucket that each run of an epoch takes its batches from."""
-    sequence = np.repeat(np.arange(len(plan.calls)), plan.calls)
+def bucket_sequence(plan: Plan, epoch: int) -> Int[np.ndarray, "steps"]:
+    """The bucket that each step of an epoch takes its batch from."""
+    sequence = np.repeat(np.arange(len(plan.steps), dtype=np.int32), plan.steps)
     return np.random.RandomState(epoch).permutation(sequence)  # a generator that never changes
 
 

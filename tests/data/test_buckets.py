@@ -6,10 +6,10 @@ import pytest
 
 from flare_jax.data.buckets import (
     Plan,
-    batches,
     bucket_sequence,
     bucket_sizes,
     bucketed,
+    calls,
     describe,
     make_plan,
     waste,
@@ -18,7 +18,7 @@ from flare_jax.problems.problem import Split
 
 SIZES = (3, 9, 4, 17, 8, 30, 5)
 KEYS = np.stack([jax.random.key_data(jax.random.key(seed)) for seed in (0, 1)])
-PLAN = Plan((7, 4, 5), (2, 3, 1), (1, 1, 2))
+PLAN = Plan((7, 4, 5), (2, 3, 1), 2)
 
 
 def meshes(sizes=SIZES):
@@ -62,32 +62,37 @@ def test_padding_keeps_every_real_point_in_order():
     assert waste(Split(*(np.zeros((2, 5, 1)),) * 2)) == 0
 
 
-def epoch(keys, number, plan=PLAN):
-    """(bucket, rows of each seed) of each run."""
-    calls = batches(plan, keys, number * plan.per_epoch)
-    return [(bucket, rows.reshape(len(keys), -1).tolist()) for bucket, rows in calls]
+def epoch(keys, number, plan=PLAN, after=0):
+    """(bucket, samples of each seed) of each step."""
+    return [
+        (int(bucket), rows[:, i, : plan.batches[bucket]].tolist())
+        for which, rows in calls(plan, keys, number * plan.per_epoch + after)
+        for i, bucket in enumerate(which)
+    ]
 
 
 def test_an_epoch_uses_each_sample_at_most_once():
-    calls = epoch(KEYS, 3)
-    assert PLAN.calls == (3, 1, 2) and len(calls) == 6 and PLAN.per_epoch == 3 + 1 + 2 * 2
+    steps = epoch(KEYS, 3)
+    assert PLAN.steps == (3, 1, 5) and len(steps) == PLAN.per_epoch == 8  # of 9: calls of two
     for seed in (0, 1):
-        used = [(b, i) for b, rows in calls for i in rows[seed]]
-        assert len(set(used)) == len(used) == 6 + 3 + 4
+        used = [(b, i) for b, rows in steps for i in rows[seed]]
+        assert len(set(used)) == len(used)
         assert all(0 <= i < PLAN.samples[b] for b, i in used)
+    taken = [sum(b == bucket for b, _ in steps) for bucket in range(3)]
+    assert sum(taken) == 8 and all(
+        n in (full - 1, full) for n, full in zip(taken, PLAN.steps, strict=True)
+    )
+    whole = epoch(KEYS, 3, Plan(PLAN.samples, PLAN.batches, 3))
+    assert whole[:8] == steps and [b for b, _ in whole].count(2) == 5
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
     both, alone = epoch(KEYS, 2), epoch(KEYS[1:], 2)
     assert [(b, rows[1:]) for b, rows in both] == alone  # seeds trained together or apart
     assert both[0][1][0] != both[0][1][1] and both != epoch(KEYS, 1)
-    starts = np.cumsum([0] + [PLAN.runs[b] for b, _ in both])
-    done = 2 * PLAN.per_epoch + int(starts[3])  # a run resumed in an epoch
-    part = batches(PLAN, KEYS, done)
-    assert [(b, rows.reshape(2, -1).tolist()) for b, rows in part] == both[3:]
-    long = next(i for i, (b, _) in enumerate(both) if PLAN.runs[b] == 2)
-    with pytest.raises(ValueError, match="within a run of 2 steps"):
-        next(batches(PLAN, KEYS, 2 * PLAN.per_epoch + int(starts[long]) + 1))
+    assert epoch(KEYS, 2, after=4) == both[4:]  # a run resumed in an epoch
+    with pytest.raises(ValueError, match="step 19 is within a call of 2 steps"):
+        next(calls(PLAN, KEYS, 2 * PLAN.per_epoch + 3))
     assert not np.array_equal(bucket_sequence(PLAN, 0), bucket_sequence(PLAN, 1))
 
 
@@ -101,8 +106,8 @@ def test_small_meshes_share_a_batch():
         make_plan(buckets, 4, ranks=4)
 
 
-def test_runs_leave_few_batches_over():
+def test_calls_leave_few_batches_over():
     split = lambda n: Split(np.zeros((n, 8, 1)), np.zeros((n, 8, 1)))
-    assert make_plan((split(20), split(9), split(3)), 1, run=8).runs == (5, 8, 3)  # 20 = 4 x 5
-    assert make_plan(split(9), 2, run=8).runs == (4,)
-    assert make_plan(split(23), 1, run=8).runs == (1,)  # a single bucket leaves nothing over
+    assert make_plan((split(20), split(9), split(3)), 1, run=10).run == 8  # 32 = 4 x 8
+    assert make_plan(split(9), 2, run=8).run == 4  # an epoch in one call
+    assert make_plan(split(23), 1, run=8).run == 7  # 5, 6 and 8 leave more over, 4 as many as 7

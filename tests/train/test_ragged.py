@@ -96,8 +96,10 @@ def test_a_resumed_run_gives_the_numbers_of_one_that_never_stopped(whole, tmp_pa
     assert again["rel_l2"] == whole[1]["rel_l2"] and losses(folder) == losses(whole[0])
 
 
-def test_samples_on_the_host_for_many_devices_give_the_numbers_of_one(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(programs, "DEVICE_BYTES", 0)
+@pytest.mark.parametrize("kept", ["on the devices", "on the host"])
+def test_many_devices_give_the_numbers_of_one(kept, whole, tmp_path, monkeypatch):
+    if kept == "on the host":
+        monkeypatch.setattr(programs, "DEVICE_BYTES", 0)
     mesh = parallel.make_mesh("data=2,tokens=2", 2)
     result = fit(toy(), CONFIG, tmp_path, mesh=mesh)
     # 40 steps; then, at this learning rate, rounding grows tenfold every few
