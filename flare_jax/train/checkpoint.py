@@ -3,7 +3,7 @@
 A checkpoint holds the whole state (parameters, average, optimizer, step), the best parameters so
 far, the sample-order keys and the normalisers, with the configuration beside them as JSON. Orbax
 writes it under a temporary name and renames it, so that a process killed in the middle of a save
-leaves the one before.
+leaves the one before. It writes while training goes on: 1,589 arrays for eight blocks take seconds.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -23,15 +24,22 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or does not belong to this run."""
 
 
+@jax.jit
+def copied(tree):
+    """Arrays that no step donates: what is written must not change meanwhile."""
+    return jax.tree.map(jnp.copy, tree)
+
+
 class Checkpoints:
     """The checkpoints in a folder; close it, or use it in a `with` statement."""
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self.manager = ocp.CheckpointManager(
             self.folder, options=options, item_names=("state", "config")
         )
+        self.begun = self.latest  # step of the newest, whole or being written
 
     def __enter__(self):
         return self
@@ -42,23 +50,39 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint."""
-        return self.manager.latest_step()
+        return max(steps_in(self.folder), default=None)
 
     def save(self, step: int, state, config: dict) -> None:
-        """Writes one checkpoint; raises CheckpointError, naming the last good one, if it cannot."""
-        if step == self.latest:
+        """Begins to write a checkpoint, once the one before is whole; raises as `wait` does."""
+        if step == self.begun:
             return
+        self.wait()
+        self.begun = step
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config)
+            state=ocp.args.StandardSave(copied(state)), config=ocp.args.JsonSave(config)
         )
-        last = self.latest
-        try:
+        with self._writing():
             self.manager.save(step, args=items)
+
+    def wait(self) -> None:
+        """Until the checkpoint begun is whole.
+
+        Raises:
+            CheckpointError: it cannot be; names the last good one.
+        """
+        with self._writing():
             self.manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
         except Exception as error:  # a full disk shows as different exceptions by depth
+            last = self.latest
             kept = "there is no earlier one" if last is None else f"step {last} is intact"
             raise CheckpointError(
-                f"could not write the checkpoint of step {step} into {self.folder}: {error}; {kept}"
+                f"could not write the checkpoint of step {self.begun} into {self.folder}: {error}; "
+                f"{kept}"
             ) from error
 
     def restore(self, like, config: dict):

@@ -216,8 +216,10 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
                 checkpoints.save(done, run, plain)
             text = "  ".join(f"{name} {value:.4g}" for name, value in status.items())
             progress.update(bar, completed=done / per_epoch, status=text)
-            if stopping() and checkpoints.latest == done:
+            if stopping() and checkpoints.begun == done:
+                checkpoints.wait()
                 raise Interrupted(f"stopped by a signal at step {done}; saved, resume to go on")
+    checkpoints.wait()
     seconds = time.perf_counter() - began
     return summarise(problem, config, folder, errors, run, seconds, times, mesh)
 
@@ -238,6 +240,7 @@ def check_finite(values: dict, done: int, config: Config, checkpoints: Checkpoin
         return
     step = int(np.argmax(bad.any(0)))
     seed = int(np.argmax(bad[:, step]))
+    checkpoints.wait()
     last = checkpoints.latest
     raise NonFiniteError(
         f"step {done + step}, seed {config.train.seed + seed}: loss {values['loss'][seed, step]}, "
