@@ -265,7 +265,7 @@ def main(arguments=None) -> None:
         },
         "result": result,
     }
-    names = ("epoch", "seconds", "valid", "valid_ema")
+    names = ("epoch", "seconds", "loss", "valid", "valid_ema")
     columns = zip(*(curves[name].tolist() for name in names), strict=True)
     rows = [dict(zip(names, row, strict=True)) for row in columns]
     seconds = time.perf_counter() - began

@@ -43,15 +43,18 @@ def command(name: str, arguments: list[str] | None) -> str:
 
 
 def history(folder: Path) -> dict[str, np.ndarray]:
-    """What metrics.jsonl says at every validation: epoch, seconds [n], errors [n, seeds]."""
+    """What metrics.jsonl says at every validation: epoch, seconds, loss [n], errors [n, seeds].
+
+    The loss is the mean over seeds and the steps of the call before.
+    """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    seconds, epoch, rows = 0.0, 0.0, []
+    seconds, epoch, loss, rows = 0.0, 0.0, np.nan, []
     for line in lines:
         if "loss" in line:
-            seconds, epoch = seconds + line["seconds"], line["epoch"]
+            seconds, epoch, loss = seconds + line["seconds"], line["epoch"], line["loss"]
         else:
-            rows.append((epoch, seconds, line["valid"], line["valid_ema"]))
-    names = ("epoch", "seconds", "valid", "valid_ema")
+            rows.append((epoch, seconds, loss, line["valid"], line["valid_ema"]))
+    names = ("epoch", "seconds", "loss", "valid", "valid_ema")
     return {n: np.array(column) for n, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 

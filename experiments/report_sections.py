@@ -141,6 +141,8 @@ def many_devices(records: dict, published: dict) -> str:
 def ablations(records: dict, published: dict) -> str:
     text = ""
     for name, record in records.items():
+        text += f"Published after 500 epochs, ours after {record['epochs']}: compare their order, "
+        text += "not their values.\n\n"
         rows = [
             [r["case"], error(r["published_rel_l2"])]
             + [error(r["rel_l2"]["last"]["mean"], r["rel_l2"]["last"]["std"])]
@@ -150,6 +152,20 @@ def ablations(records: dict, published: dict) -> str:
         head = ["test rel-L2 × 10³, last parameters", "published", "ours", "parameters"]
         text += table(head, rows) + source(name, record)
     return text
+
+
+def more_cells(records: dict, published: dict) -> str:
+    """Elasticity from more cells, in as many steps."""
+    size = lambda r: (r["result"]["steps"], r["result"]["config"]["problem"]["num_train"])
+    rows = []
+    for r in sorted(records.values(), key=size):
+        last, valid = r["result"]["rel_l2"]["last"], r["history"]["valid"][-1]
+        rows.append([*(f"{n:,}" for n in size(r)), number(r["epochs_done"]), f"{len(r['seeds'])}"])
+        rows[-1] += [error(last["mean"], last["std"]), error(sum(valid) / len(valid))]
+    head = ["steps", "training cells", "epochs", "seeds", "test rel-L2 × 10³, last parameters"]
+    text = "The paper's recipe, with its schedule over as many steps.\n\n"
+    lines = "".join(f"- {source(name, r).strip()}\n" for name, r in records.items())
+    return text + table([*head, "validation"], rows) + "\n" + lines
 
 
 def elasticity_errors(records: dict, published: dict) -> str:
@@ -320,10 +336,20 @@ def pair(values: dict | None) -> str:
 
 Belongs = Callable[[str, dict], bool]
 named = lambda prefix: lambda name, record: name.startswith(prefix)
+of_cells = lambda name, _: name.startswith("elasticity_") and name.split("_")[1].isdecimal()
 SECTIONS: list[tuple[str, Belongs, Callable[[dict, dict], str]]] = [
-    ("Surrogates", lambda name, record: training(record) is not None, surrogates),
-    ("Training, in time", lambda n, r: bool({"history", "generation"} & r.keys()), runs_in_time),
+    ("Surrogates", lambda n, r: training(r) is not None and not of_cells(n, r), surrogates),
+    (
+        "Training, in time",
+        lambda n, r: bool({"history", "generation"} & r.keys()) and not of_cells(n, r),
+        runs_in_time,
+    ),
     ("Ablations on elasticity", named("ablations"), ablations),
+    (
+        "More cells in as many steps, elasticity",
+        lambda n, r: of_cells(n, r) or n == "elasticity",
+        more_cells,
+    ),
     ("Which cells of elasticity are hard", named("elasticity_errors"), elasticity_errors),
     ("Generated parts of powder bed fusion", named("lpbf_parts"), parts),
     ("Meshes of different sizes", lambda n, r: "cost_of_sizes" in r, sizes),
