@@ -78,11 +78,16 @@ lpbf() { # a seed on each, and nothing beside it
     wait_for_runs
 }
 
-cells() { # on one: twice the cells in the recipe's 250,000 steps; meanwhile what needs one GPU only
+cells() { # on one: twice the cells in the recipe's 250,000 steps; on the other what needs one only
     run 0 cells elasticity --out "$out/elasticity2000_long" --num-train 2000 --epochs 250 --seeds 2
     run 1 lpbf_sizes lpbf_sizes --out "$out/results/lpbf_sizes.json"
+    wait "${runs[1]}" # its times are told
+    run 1 bfloat16 elasticity --out "$out/elasticity1000_bfloat16" --precision bfloat16 \
+        --epochs 100 --seeds 2 --eval-every 5
     wait_for_runs
-    cp "$out/elasticity2000_long/elasticity.json" "$out/results/elasticity_2000_long.json"
+    for kind in 2000_long 1000_bfloat16; do
+        cp "$out/elasticity$kind/elasticity.json" "$out/results/elasticity_$kind.json"
+    done
 }
 
 devices() { # both, and nothing beside it

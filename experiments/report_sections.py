@@ -154,18 +154,20 @@ def ablations(records: dict, published: dict) -> str:
     return text
 
 
-def more_cells(records: dict, published: dict) -> str:
-    """Elasticity from more cells, in as many steps."""
+def steps_and_cells(records: dict, published: dict) -> str:
+    """What elasticity learns in fewer steps, from more cells, in less precision."""
     size = lambda r: (r["result"]["steps"], r["result"]["config"]["problem"]["num_train"])
     rows = []
     for r in sorted(records.values(), key=size):
         last, valid = r["result"]["rel_l2"]["last"], r["history"]["valid"][-1]
-        rows.append([*(f"{n:,}" for n in size(r)), number(r["epochs_done"]), f"{len(r['seeds'])}"])
+        rows.append([*(f"{n:,}" for n in size(r)), number(r["epochs_done"]), r["precision"]])
+        rows[-1].append(f"{len(r['seeds'])}")
         rows[-1] += [error(last["mean"], last["std"]), error(sum(valid) / len(valid))]
-    head = ["steps", "training cells", "epochs", "seeds", "test rel-L2 × 10³, last parameters"]
+    head = ["steps", "training cells", "epochs", "precision", "seeds"]
+    head += ["test rel-L2 × 10³, last parameters", "validation"]
     text = "The paper's recipe, with its schedule over as many steps.\n\n"
     lines = "".join(f"- {source(name, r).strip()}\n" for name, r in records.items())
-    return text + table([*head, "validation"], rows) + "\n" + lines
+    return text + table(head, rows) + "\n" + lines
 
 
 def elasticity_errors(records: dict, published: dict) -> str:
@@ -346,9 +348,9 @@ SECTIONS: list[tuple[str, Belongs, Callable[[dict, dict], str]]] = [
     ),
     ("Ablations on elasticity", named("ablations"), ablations),
     (
-        "More cells in as many steps, elasticity",
+        "Elasticity: steps, cells and precision",
         lambda n, r: of_cells(n, r) or n == "elasticity",
-        more_cells,
+        steps_and_cells,
     ),
     ("Which cells of elasticity are hard", named("elasticity_errors"), elasticity_errors),
     ("Generated parts of powder bed fusion", named("lpbf_parts"), parts),
