@@ -32,7 +32,7 @@ from experiments import records
 from flare_jax.plots import plt
 from flare_jax.predict import load_data, load_run
 from flare_jax.train.checkpoint import load
-from flare_jax.train.errors import make_errors
+from flare_jax.train.errors import Errors
 
 NEAREST = 5
 VARIANCE = 0.99  # of the training cells' positions, in the components kept
@@ -97,7 +97,7 @@ def main(arguments=None) -> None:
         raise ValueError(f"run must be one of elasticity, got one of {surrogate.problem}")
     problem = load_data(surrogate, args.cache)
     params = load(args.run / "checkpoints")["state"]["params"]
-    errors = make_errors(surrogate.apply, surrogate.y_normalizer)
+    errors = Errors(surrogate.apply, surrogate.y_normalizer)
     some = jax.tree.map(lambda a: a[: args.train], problem.train)
     place = coordinates(problem.train.x)  # normalised or not: the components are scaled
     train, found = place(problem.train.x), {}

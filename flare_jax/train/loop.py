@@ -32,7 +32,7 @@ from flare_jax.models.functional import Params, functional, num_parameters
 from flare_jax.problems.problem import Normalizer, Problem, buckets_of, count_of
 from flare_jax.train.checkpoint import CheckpointError, Checkpoints
 from flare_jax.train.config import Config, to_dict
-from flare_jax.train.errors import make_errors
+from flare_jax.train.errors import Errors
 from flare_jax.train.log import MetricsFile, progress_bar
 from flare_jax.train.optimizer import make_optimizer
 from flare_jax.train.programs import make_steps, plan_of
@@ -185,7 +185,7 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
 
     chunk = make_steps(problem, config, plan, tx, apply, run, mesh, fsdp)
     y_normalizer = jax.tree.map(np.asarray, run.y_normalizer)
-    errors = make_errors(apply, y_normalizer, mesh, problem.metrics)
+    errors = Errors(apply, y_normalizer, mesh, problem.metrics)
 
     done, times, began = int(run.state.step[0]), [], time.perf_counter()
     main = parallel.is_main()
