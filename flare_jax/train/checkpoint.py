@@ -11,7 +11,6 @@ import logging
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -22,12 +21,6 @@ log = logging.getLogger(__name__)
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or does not belong to this run."""
-
-
-@jax.jit
-def copied(tree):
-    """Arrays that no step donates: what is written must not change meanwhile."""
-    return jax.tree.map(jnp.copy, tree)
 
 
 class Checkpoints:
@@ -53,13 +46,16 @@ class Checkpoints:
         return max(steps_in(self.folder), default=None)
 
     def save(self, step: int, state, config: dict) -> None:
-        """Begins to write a checkpoint, once the one before is whole; raises as `wait` does."""
+        """Begins to write a checkpoint, once the one before is whole; raises as `wait` does.
+
+        Returns when the arrays are on the host: steps may take their buffers.
+        """
         if step == self.begun:
             return
         self.wait()
         self.begun = step
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(copied(state)), config=ocp.args.JsonSave(config)
+            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config)
         )
         with self._writing():
             self.manager.save(step, args=items)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_loop import CONFIG, last_state, toy, whole  # noqa: F401  (whole is a fixture)
@@ -140,3 +141,17 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot write into .*file/run: Not a directory"):
         fit(toy(), CONFIG, tmp_path / "file" / "run")
+
+
+def test_a_checkpoint_holds_what_was_handed_over(tmp_path):
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    start = {str(i): np.full(1000, i, np.float32) for i in range(100)}
+    state = jax.tree.map(jnp.asarray, start)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        for _ in range(100):  # in the same buffers, while it is written
+            state = step(state)
+        assert checkpoints.begun == 1
+        checkpoints.wait()
+        assert checkpoints.latest == 1
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state, {}), start)
