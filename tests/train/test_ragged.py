@@ -1,5 +1,6 @@
 """Training on meshes of different sizes: buckets change nothing but the shapes of arrays."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -105,3 +106,14 @@ def test_many_devices_give_the_numbers_of_one(kept, whole, tmp_path, monkeypatch
     # 40 steps; then, at this learning rate, rounding grows tenfold every few
     np.testing.assert_allclose(losses(tmp_path)[:12], losses(whole[0])[:12], rtol=1e-5)
     assert min(result["rel_l2"]["last"]["seeds"]) < 0.6 * result["mean_predictor_rel_l2"]
+
+
+def test_samples_on_the_host_give_the_numbers_of_those_on_the_device(tmp_path, monkeypatch):
+    train = dataclasses.replace(CONFIG.train, epochs=2, eval_every=2, batch_tokens=16)
+    config = dataclasses.replace(CONFIG, train=train)  # two small meshes a step, or one large
+    results = [fit(toy(), config, tmp_path / "device")]
+    monkeypatch.setattr(programs, "DEVICE_BYTES", 0)
+    results.append(fit(toy(), config, tmp_path / "host"))
+    np.testing.assert_allclose(losses(tmp_path / "host"), losses(tmp_path / "device"), rtol=1e-5)
+    errors = [r["rel_l2"]["last"]["seeds"] for r in results]
+    np.testing.assert_allclose(*errors, rtol=1e-4)
