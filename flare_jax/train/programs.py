@@ -30,8 +30,8 @@ RUN = 8
 
 
 def plan_of(problem: Problem, config: Config, ranks: int = 1) -> Plan:
-    """What an epoch takes of each bucket. A call takes batches of any buckets on the device, or
-    else of one, which rarely follows itself.
+    """What an epoch takes of each bucket, and how many steps a call: on the device many, of any
+    buckets; else those of one bucket, which among several rarely follows itself.
     """
     t, single = config.train, len(buckets_of(problem.train)) == 1
     run = t.chunk_steps if fits(problem) else min(RUN, t.chunk_steps) if single else 1
