@@ -3,9 +3,9 @@
 #
 #     bash experiments/gpu_records.sh OUT [STAGE ...]
 #
-# Each stage prints into OUT/NAME.log and is done once OUT/NAME.done is there: a call that was cut off
-# goes on with the stage it was in. Copy OUT/results into experiments/results and run
-# `python -m experiments.report`.
+# Each stage prints into OUT/NAME.log, GPU clocks and power into OUT/NAME.gpus, and is done once
+# OUT/NAME.done is there: a call that was cut off goes on with the stage it was in. Copy OUT/results
+# into experiments/results and run `python -m experiments.report`.
 # EPOCHS (250) are those of LPBF, trained in bfloat16, a seed on each GPU; ABLATED (30) those of the
 # ablations on elasticity.
 set -u
@@ -24,7 +24,7 @@ run() { # GPU NAME MODULE ARGUMENTS: in the background
     runs+=($!)
 }
 
-wait_for_runs() {
+wait_for_runs() { # not for what watches the GPUs
     wait "${runs[@]}"
     runs=()
 }

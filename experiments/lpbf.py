@@ -200,10 +200,14 @@ def joined(found: list[dict]) -> dict:
         raise ValueError(f"--join: records share a seed: {[r['seeds'] for r in found]}")
     together = lambda dicts, name: [x for d in dicts for x in d[name]]
     record = first | {"seeds": seeds, "note": f"{len(found)} runs, each on a device of its own"}
-    for name in ("seconds", "seconds_per_epoch", "training_seconds"):
+    slowest = max(found, key=lambda r: r["seconds_per_epoch"])
+    record |= {name: slowest[name] for name in ("seconds_per_epoch", "cost_of_sizes")}
+    for name in ("seconds", "training_seconds"):
         record[name] = max(r[name] for r in found)
     record["rows"] = [
-        rows[0] | {name: together(rows, name) for name in ("valid", "valid_ema")}
+        rows[0]
+        | {"loss": float(np.mean([row["loss"] for row in rows]))}
+        | {name: together(rows, name) for name in ("valid", "valid_ema")}
         for rows in zip(*(r["rows"] for r in found), strict=True)
     ]
     if first["result"] is None:

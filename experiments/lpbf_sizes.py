@@ -21,7 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import lpbf, records, report
+from experiments import lpbf, records
+from experiments.lpbf_parts import PUBLISHED
 from flare_jax.data.buckets import bucketed_splits, describe, waste
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import Normalizer, Problem, Split, buckets_of, count_of
@@ -98,7 +99,7 @@ def measured(problem: Problem, config: Config) -> dict:
     return {
         "buckets": describe(problem.train),
         "padding": waste(problem.train),
-        "epochs": seconds,
+        "seconds_of_epochs": seconds,
         "steps": steps,
         "points": points,
         "ms_per_step": 1e3 * median / steps,
@@ -124,9 +125,8 @@ def main(arguments=None) -> None:
     began, rng = time.perf_counter(), np.random.default_rng(0)
     options = ["--out", str(args.out), "--precision", "bfloat16", "--seeds", "1"]
     config = lpbf.configuration(lpbf.parse([*options, *["--smoke"] * args.smoke]))
-    nodes = report.published()["lpbf_parts"]["statistics"]["nodes"]
-    if args.smoke:
-        nodes = {"mean": 40, "std": 20, "min": 20, "max": 64}
+    tiny = {"mean": 40, "std": 20, "min": 20, "max": 64}
+    nodes = tiny if args.smoke else PUBLISHED["nodes"]
     sizes = sizes_like(nodes, config.problem.num_train, rng)
     ragged = problem_of(sizes, config.problem.num_buckets, rng)
     rows = [measured(problem, config) for problem in (ragged, of_one_size(ragged))]

@@ -108,13 +108,11 @@ def sizes(records: dict, published: dict) -> str:
         for key in ("valid", "valid_ema"):
             errors = r["rows"][-1].get(key)
             rows[-1].append(error(sum(errors) / len(errors)) if errors else DASH)
-        mean = r.get("mean_predictor_rel_l2")
-        rows[-1].append(DASH if mean is None else error(mean))
+        rows[-1].append(error(r.get("mean_predictor_rel_l2")))
     head = ["", "seeds", "epochs", "s an epoch", "padding", "million real points/s", "ratio"]
     head += ["validation rel-L2 × 10³", "running average", "mean predictor"]
     text = "Of one seed; ratio: to training on meshes that all have the mean size.\n\n"
-    figures = lambda name, r: picture(name) if "result" in r else ""
-    lines = "".join(source(name, r) + figures(name, r) for name, r in records.items())
+    lines = "".join(source(name, r) + picture(name) for name, r in records.items())
     return text + table(head, rows) + lines
 
 
@@ -160,12 +158,14 @@ def steps_and_cells(records: dict, published: dict) -> str:
     rows = []
     for r in sorted(records.values(), key=size):
         last, valid = r["result"]["rel_l2"]["last"], r["history"]["valid"][-1]
+        loss = r["history"].get("loss", [None])[-1]
         rows.append([*(f"{n:,}" for n in size(r)), number(r["epochs_done"]), r["precision"]])
         rows[-1].append(f"{len(r['seeds'])}")
-        rows[-1] += [error(last["mean"], last["std"]), error(sum(valid) / len(valid))]
+        rows[-1] += [error(last["mean"], last["std"]), error(sum(valid) / len(valid)), error(loss)]
     head = ["steps", "training cells", "epochs", "precision", "seeds"]
-    head += ["test rel-L2 × 10³, last parameters", "validation"]
-    text = "The paper's recipe, with its schedule over as many steps.\n\n"
+    head += ["test rel-L2 × 10³, last parameters", "validation", "training"]
+    text = "The paper's recipe, with its schedule over as many steps. Training: the mean loss "
+    text += "of the last steps, those of one call.\n\n"
     lines = "".join(f"- {source(name, r).strip()}\n" for name, r in records.items())
     return text + table(head, rows) + "\n" + lines
 

@@ -23,7 +23,7 @@ def curves(tmp_path):
 
 def test_history_has_the_training_time_of_every_validation(curves):
     assert curves["epoch"].tolist() == [1, 3] and curves["seconds"].tolist() == [3, 5]
-    assert curves["valid"].shape == (2, 2)
+    assert curves["valid"].shape == (2, 2) and curves["loss"].tolist() == [0.5, 0.1]
 
 
 def test_an_error_is_reached_when_the_mean_over_seeds_is(curves):

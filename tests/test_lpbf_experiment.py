@@ -55,8 +55,9 @@ def test_the_record_names_no_folder_of_this_machine(tmp_path):
 def record_of(seed, error):
     spread = {"last": {"mean": error, "std": 0.0, "seeds": [error]}}
     same = dict.fromkeys(lpbf.SAME, 1)
-    times = {"seconds": 5 + seed, "seconds_per_epoch": 1.0, "training_seconds": 4.0}
-    row = {"epoch": 1.0, "seconds": 4.0, "valid": [error], "valid_ema": [error]}
+    times = {"seconds": 5 + seed, "seconds_per_epoch": 1.0 + seed, "training_seconds": 4.0}
+    times |= {"cost_of_sizes": {"points_per_second": 6 / times["seconds_per_epoch"]}}
+    row = {"epoch": 1.0, "seconds": 4.0, "loss": error, "valid": [error], "valid_ema": [error]}
     result = {"rel_l2": spread, "legacy": spread, "valid_rel_l2": [error], "chosen": "last"}
     return same | times | {"seeds": [seed], "rows": [row], "result": result}
 
@@ -64,7 +65,8 @@ def record_of(seed, error):
 def test_records_of_other_seeds_make_one():
     record = lpbf.joined([record_of(0, 0.1), record_of(1, 0.3)])
     assert record["seeds"] == [0, 1] and record["seconds"] == 6
-    assert record["rows"][0]["valid"] == [0.1, 0.3]
+    assert record["rows"][0]["valid"] == [0.1, 0.3] and record["rows"][0]["loss"] == 0.2
+    assert record["cost_of_sizes"] == {"points_per_second": 3}  # of the slowest
     last = record["result"]["legacy"]["last"]
     np.testing.assert_allclose((last["mean"], last["std"]), (0.2, 0.1))
     assert record["result"]["test_rel_l2"] == last["mean"]

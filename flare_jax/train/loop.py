@@ -271,7 +271,9 @@ def signals(caught: list[int]):
 
 @contextlib.contextmanager
 def frozen():
-    """What tracing left is not searched for garbage: several 0.1 s every few hundred calls."""
+    """What tracing left is not searched for garbage: 0.2 s every hundred calls or two, which is
+    for samples on the host, with a call for each step or a few.
+    """
     gc.collect()
     gc.freeze()
     try:

@@ -51,8 +51,11 @@ def make_steps(problem, config, plan, tx, apply, run, mesh, fsdp) -> Callable:
     """
     keys = np.asarray(run.keys)
     make = functools.partial(make_program, problem, config, tx, apply, run, mesh, fsdp)
-    together = resident if fits(problem) else travelling
-    call = together(buckets_of(problem.train), plan, make, run.state, mesh)
+    buckets = buckets_of(problem.train)
+    if fits(problem):
+        call = resident(buckets, plan, make, mesh)
+    else:
+        call = travelling(buckets, plan, make, mesh, run.state)
 
     def chunk(state, done):
         values, left = [], config.train.chunk_steps
@@ -70,14 +73,14 @@ def make_steps(problem, config, plan, tx, apply, run, mesh, fsdp) -> Callable:
     return chunk
 
 
-def resident(buckets, plan, make, state, mesh) -> Callable:
+def resident(buckets, plan, make, mesh) -> Callable:
     """`(state, which, rows) -> (state, metrics)` on samples that are kept on the device."""
     program = make(buckets, plan.batches)
     placed = tuple(parallel.place_samples(split, mesh) for split in buckets)
     return lambda state, which, rows: program(state, placed, which, rows)
 
 
-def travelling(buckets, plan, make, state, mesh) -> Callable:
+def travelling(buckets, plan, make, mesh, state) -> Callable:
     """`(state, which, rows) -> (state, metrics)` on samples that are taken from the host."""
 
     def arguments(bucket, rows):
@@ -90,8 +93,7 @@ def travelling(buckets, plan, make, state, mesh) -> Callable:
     each = zip(buckets, plan.batches, strict=True)
     programs = [make((bucket,), (batch,)) for bucket, batch in each]
     if len(buckets) > 1:
-        seeds = len(jax.tree.leaves(state)[0])
-        first = np.zeros((seeds, plan.run, max(plan.batches)), np.int32)
+        first = np.zeros((len(state.step), plan.run, max(plan.batches)), np.int32)
         programs = compiled(programs, [(state, *arguments(b, first)) for b in range(len(buckets))])
     return lambda state, which, rows: programs[which[0]](state, *arguments(which[0], rows))
 
@@ -114,7 +116,7 @@ def make_program(problem, config, tx, apply, run, mesh, fsdp, buckets, batches) 
         surrogate_loss(model, parallel.loss_over(problem.loss, mesh, split.y.shape[1]), normalizer)
         for split in buckets
     ]
-    each = parallel.value_and_grad(mesh, fsdp)
+    each = parallel.value_and_grad(mesh, fsdp)  # of one of the losses
     value_and_grad = functools.partial(switched, value_and_grad=each, batches=batches)
     train_step = make_train_step(losses, tx, config.optimizer.ema_decay, value_and_grad)
     t, size = config.train, max(split.y.shape[1] for split in buckets)
@@ -126,7 +128,9 @@ def make_program(problem, config, tx, apply, run, mesh, fsdp, buckets, batches) 
     return make_chunk(train_step, **options)
 
 
-def switched(losses: Sequence[Callable], value_and_grad: Callable, batches: Sequence[int]):
+def switched(
+    losses: Sequence[Callable], value_and_grad: Callable, batches: Sequence[int]
+) -> Callable:
     """`(params, (samples, which, rows)) -> (loss, gradient)` of rows of the bucket `which`.
 
     Differentiated within the branches: what a step keeps for its backward is of one bucket's size.
