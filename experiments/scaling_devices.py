@@ -11,10 +11,11 @@ bfloat16 on one sample of N points. Parts:
               weak scaling    T_1(N) / T_R(R N),      memory  B_1(N) / B_R(R N)
               and a million points' R-th part on one
     memory    1 million points, C = M = 64: what each of remat and scan_blocks costs and saves
-    largest   C = M = 64: 8 million points on one device, then as many as its memory holds
+    largest   C = M = 64: 8 million points on one device, and as many as its memory holds
 
 Memory is what the compiled program needs on a device: arguments, results and temporaries, arrays
-passed on in place counted once. Programs are compiled side by side before anything is timed.
+passed on in place counted once. Programs are compiled side by side before anything is timed. The
+largest mesh comes first: it needs nearly all memory in one piece, which arrays of others part.
 """
 
 import argparse
@@ -185,13 +186,14 @@ def measured(row: Row, step) -> dict:
         return row.labels() | {"skipped": str(error)[:300]}
 
 
-def largest(row: Row, bytes_: int) -> Row | None:
-    """As many points as fit, from the memory that `row` takes; None if nobody knows the limit."""
+def largest(row: Row, step: concurrent.futures.Future) -> Row | None:
+    """As many points as fit, from the memory that `row` needs; None if nobody knows the limit."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None:
+    if not limit or step.exception():
         return None
     most = (2**31 - 1) // row.model.channel_dim  # elements of an array are counted in 32 bits
-    points = min(int(row.points * SHARE * limit / bytes_), most) // 1_000_000 * 1_000_000
+    points = min(int(row.points * SHARE * limit / step.result().bytes), most)
+    points = points // 1_000_000 * 1_000_000
     return dataclasses.replace(row, points=points)
 
 
@@ -297,14 +299,11 @@ def main() -> None:
         print(f"[{time.perf_counter() - start:4.0f} s] {row.labels()}: {text}", flush=True)
         return found
 
-    eight = None
     for row, step in zip(todo, steps, strict=True):
-        found = add(row, step)
-        eight = (row, found) if row.part == "largest" else eight
-    if eight is not None and "bytes" in eight[1]:
-        more = largest(eight[0], eight[1]["bytes"])
-        if more is not None:
-            add(more, lambda: Step(more))
+        if row.part == "largest" and (more := largest(row, step)) is not None:
+            add(more, lambda more=more: Step(more))
+    for row, step in zip(todo, steps, strict=True):
+        add(row, step)
     scaling = write(options.out, results, options.smoke)
     print(table(results, scaling))
 
