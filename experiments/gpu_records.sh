@@ -4,8 +4,8 @@
 #     bash experiments/gpu_records.sh OUT [STAGE ...]
 #
 # Each stage prints into OUT/NAME.log, GPU clocks and power into OUT/NAME.gpus, and is done once
-# OUT/NAME.done is there: a call that was cut off goes on with the stage it was in. Copy OUT/results
-# into experiments/results and run `python -m experiments.report`.
+# OUT/NAME.done is there: a call that was cut off, or in which a run failed, goes on with that stage.
+# Copy OUT/results into experiments/results and run `python -m experiments.report`.
 # EPOCHS (250) are those of LPBF, trained in bfloat16, a seed on each GPU; ABLATED (30) those of the
 # ablations on elasticity.
 set -u
@@ -25,7 +25,8 @@ run() { # GPU NAME MODULE ARGUMENTS: in the background
 }
 
 wait_for_runs() { # not for what watches the GPUs
-    wait "${runs[@]}"
+    local each
+    for each in "${runs[@]}"; do wait "$each" || failed=yes; done
     runs=()
 }
 
@@ -34,11 +35,11 @@ stage() { # NAME: of a function below, run once
     nvidia-smi --query-gpu=timestamp,index,clocks.sm,power.draw,temperature.gpu,utilization.gpu \
         --format=csv,noheader -l 10 > "$out/$1.gpus" 2>&1 &
     local watch=$!
-    SECONDS=0
+    SECONDS=0 failed=
     "$1"
     kill "$watch" 2> /dev/null
-    echo "$1: $SECONDS s"
-    touch "$out/$1.done"
+    echo "$1: $SECONDS s${failed:+, and a run of it failed: see the logs}"
+    [ -n "$failed" ] || touch "$out/$1.done"
 }
 
 parts() { # half of them on each; meanwhile elasticity's cells on the CPU
@@ -91,7 +92,8 @@ cells() { # on one: twice the cells in the recipe's 250,000 steps; on the other 
 }
 
 devices() { # both, and nothing beside it
-    run 0,1 devices scaling_devices --threads 16 --out "$out/results/scaling_devices.json"
+    # all memory at once: the largest mesh needs it in one piece
+    XLA_PYTHON_CLIENT_PREALLOCATE=true run 0,1 devices scaling_devices --threads 16 --out "$out/results/scaling_devices.json"
     wait_for_runs
 }
 

@@ -38,30 +38,34 @@ class Errors:
         self.model, self.y_normalizer = parallel.model_over(apply, mesh), y_normalizer
         self.metrics = {"rel_l2": rel_l2, **(metrics or {})}
         self.mesh = mesh
-        self.programs: dict[tuple, Callable] = {}
-        self.counts: dict[tuple, int] = {}  # samples in a batch
+        self.programs: dict[tuple, tuple[Callable, int]] = {}  # and the samples in its batches
 
     def __call__(self, params, samples: Samples) -> dict[str, np.ndarray]:
         buckets, parts = buckets_of(samples), []
         self._compile(params, buckets)
         for split in buckets:
-            program, count = self.programs[size_of(split)], self.counts[size_of(split)]
+            program, count = self.programs[size_of(split)]
             for first in range(0, len(split.y), count):
-                parts.append((program(params, self._batch(split, first)), len(split.y) - first))
+                batch = self._batch(split, first, count)
+                parts.append((program(params, batch), len(split.y) - first))
         cut = [{k: e[:, :n] for k, e in jax.device_get(part).items()} for part, n in parts]
         return {name: np.concatenate([part[name] for part in cut], 1) for name in self.metrics}
 
     def _compile(self, params, buckets: Sequence[Split]) -> None:
         """The programs of sizes that come for the first time."""
         new = {size_of(split): split for split in buckets if size_of(split) not in self.programs}
+        counts = [self._count(split) for split in new.values()]
+        programs = [self._program(split.y.shape[1]) for split in new.values()]
+        batches = [self._batch(s, 0, n) for s, n in zip(new.values(), counts, strict=True)]
+        programs = compiled(programs, [(params, batch) for batch in batches])
+        self.programs.update(zip(new, zip(programs, counts, strict=True), strict=True))
+
+    def _count(self, split: Split) -> int:
+        """Samples in a batch, a multiple of the devices that samples are spread over."""
         mesh = self.mesh
         devices, ranks = (1, 1) if mesh is None else (mesh.size, mesh.shape[parallel.DATA])
-        for size, split in new.items():
-            count = max(1, min(len(split.y), EVAL_TOKENS * devices // split.y.shape[1]))
-            self.counts[size] = -(-count // ranks) * ranks
-        programs = [self._program(split.y.shape[1]) for split in new.values()]
-        arguments = [(params, self._batch(split, 0)) for split in new.values()]
-        self.programs.update(zip(new, compiled(programs, arguments), strict=True))
+        count = max(1, min(len(split.y), EVAL_TOKENS * devices // split.y.shape[1]))
+        return -(-count // ranks) * ranks
 
     def _program(self, points: int) -> Callable:
         over = {name: parallel.loss_over(f, self.mesh, points) for name, f in self.metrics.items()}
@@ -74,9 +78,9 @@ class Errors:
         whole = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(jax.vmap(batch_errors, in_axes=(0, None)), out_shardings=whole)
 
-    def _batch(self, split: Split, first: int) -> Split:
-        """From sample `first` on; the last ones may come twice."""
-        rows = np.arange(first, first + self.counts[size_of(split)]) % len(split.y)
+    def _batch(self, split: Split, first: int, count: int) -> Split:
+        """`count` samples from `first` on; where these are too few, first ones again."""
+        rows = np.arange(first, first + count) % len(split.y)
         return parallel.place_samples(take_samples(split, rows), self.mesh)
 
 

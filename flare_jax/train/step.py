@@ -45,7 +45,8 @@ def make_train_step(
 ) -> Callable:
     """Jits `(state, batch) -> (state, metrics)` for `loss_fn(params, batch) -> scalar`.
 
-    `value_and_grad` differentiates it; `parallel.value_and_grad` on many devices.
+    `value_and_grad(loss_fn)` is the step's `(params, batch) -> (loss, gradient)`;
+    `parallel.value_and_grad` on many devices, and the training loop's takes a loss for each bucket.
 
     Metrics: the loss, the gradient norm before clipping, and the learning rate and beta1 (b1) as
     used in this step where they follow a schedule. The state passed in is donated: its buffers are
