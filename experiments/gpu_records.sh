@@ -93,7 +93,8 @@ cells() { # on one: twice the cells in the recipe's 250,000 steps; on the other 
 
 devices() { # both, and nothing beside it
     # all memory at once: the largest mesh needs it in one piece
-    XLA_PYTHON_CLIENT_PREALLOCATE=true run 0,1 devices scaling_devices --threads 16 --out "$out/results/scaling_devices.json"
+    XLA_PYTHON_CLIENT_PREALLOCATE=true run 0,1 devices scaling_devices --threads 16 \
+        --out "$out/results/scaling_devices.json"
     wait_for_runs
 }
 
