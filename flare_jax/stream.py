@@ -44,7 +44,7 @@ def make_streamed(
 
     @jax.jit
     def first(params, x, mask):
-        return in_proj(params, jnp.where(mask[:, :, None], x, 0).astype(dtype))
+        return in_proj(params, jnp.where(mask[:, :, None], x, 0))
 
     @functools.partial(jax.jit, donate_argnums=(3, 4))
     def gather(params, x, mask, z, lse):

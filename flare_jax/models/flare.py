@@ -167,7 +167,9 @@ class OutputProjection(nnx.Module):
         if config.out_proj_norm:
             self.norm = norm(c, config.rmsnorm, dtype, rngs)
         options = dict(act=config.act, implementation=config.implementation, dtype=dtype, rngs=rngs)
-        self.mlp = ResidualMLP(c, c, out_dim, layers, input_residual=True, **options)
+        self.mlp = ResidualMLP(
+            c, c, out_dim, layers, input_residual=True, exact_out=True, **options
+        )
 
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N O"]:
         return self.mlp(self.norm(x) if hasattr(self, "norm") else x)
@@ -179,8 +181,8 @@ class FLAREModel(nnx.Module):
     Args:
         config: the architecture.
         in_dim, out_dim: input features and output fields per point.
-        dtype: computes in this dtype (float32, bfloat16, float16); parameters are float32 and the
-            output is float32.
+        dtype: computes in this dtype (float32, bfloat16, float16); parameters, the first layer,
+            which takes the features, and the output are float32.
         rngs: Flax's source of keys for the initial parameters.
     """
 
@@ -190,7 +192,8 @@ class FLAREModel(nnx.Module):
         self.config, self.in_dim, self.dtype = config, in_dim, dtype
         c, layers = config.channel_dim, config.num_layers_in_out_proj
         options = dict(act=config.act, implementation=config.implementation, dtype=dtype, rngs=rngs)
-        self.in_proj = ResidualMLP(in_dim, c, c, layers, output_residual=True, **options)
+        options |= dict(output_residual=True, exact_in=True)
+        self.in_proj = ResidualMLP(in_dim, c, c, layers, **options)
         block = lambda rngs: FLAREBlock(config, dtype=dtype, rngs=rngs)
         if config.scan_blocks:
             self.blocks = nnx.vmap(block)(rngs.split(config.num_blocks))
@@ -216,7 +219,7 @@ class FLAREModel(nnx.Module):
         keep = jax.checkpoint_policies.save_only_these_names(LATENTS)
         call = functools.partial(jax.checkpoint, policy=keep) if self.config.remat else lambda f: f
         block = call(lambda block, x: block(x, mask, axis_name))
-        x = call(lambda f, x: f(x))(self.in_proj, x.astype(self.dtype))
+        x = call(lambda f, x: f(x))(self.in_proj, x)
         if self.config.scan_blocks:
             x, _ = jax.lax.scan(lambda x, b: (block(b, x), None), x, self.blocks)
         else:

@@ -93,6 +93,19 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(small):
     assert relative(half(params, x), apply(params, x)) <= 3e-2
 
 
+def test_bfloat16_tells_points_apart_that_are_one_point_in_bfloat16():
+    x = 1 + 0.03 * np.random.default_rng(0).random((1, 64, 3), np.float32)  # steps are 0.008
+    rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
+    make = lambda dtype: FLAREModel(SMALL, 3, 2, dtype=dtype, rngs=nnx.Rngs(0))
+    exact, params = functional(make(jnp.float32))
+    half, _ = functional(make(jnp.bfloat16))
+    first = params["in_proj"]["fc1"]
+    first["kernel"] *= 1000  # what the points have in common is taken off again
+    first["bias"] -= 1.015 * first["kernel"].sum(0)
+    assert relative(half(params, x), exact(params, x)) <= 0.05
+    assert relative(exact(params, rounded), exact(params, x)) >= 0.2
+
+
 def test_parameter_counts_are_the_published_ones():
     count = lambda in_dim, **c: num_parameters(
         jax.eval_shape(
