@@ -2,9 +2,10 @@
 
 import argparse
 import contextlib
-import json
+import itertools
 import logging
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -35,9 +36,9 @@ from flare_jax.problems.problem import buckets_of, count_of
 from flare_jax.solvers.darcy import ConvergenceError
 from flare_jax.solvers.elasticity import SolverError
 from flare_jax.solvers.lpbf import SolverError as PartError
-from flare_jax.train.checkpoint import CheckpointError
-from flare_jax.train.config import PROBLEMS, config_class, from_dict, preset
-from flare_jax.train.loop import Interrupted, NonFiniteError, fit
+from flare_jax.train.checkpoint import CheckpointError, steps_in
+from flare_jax.train.config import PROBLEMS, Config, config_class, from_dict, preset, read_config
+from flare_jax.train.loop import CHECKPOINTS, Interrupted, NonFiniteError, check_folder, fit
 
 console = Console()
 Run = Annotated[Path, tyro.conf.Positional]  # folder of a training run
@@ -85,25 +86,36 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str]) -> None:
     """Train a surrogate; makes or reads its data, writes a run folder with a figure."""
     problem, options, rest = problem_arguments("train", argv, training=True)
-    if options.distributed or options.coordinator or options.process_id is not None:
-        parallel.connect(options.coordinator, options.num_processes, options.process_id)
+    among = (options.coordinator, options.num_processes, options.process_id)
+    if options.distributed or any(x is not None for x in among):
+        parallel.connect(*among)
         if options.out is None:
             raise ValueError("several processes need one folder: name it with --out")
-    folder = options.out or run_folder(problem, options.preset, options.resume)
-    default = preset(problem, options.preset)
+    folder = options.out
     if options.resume:
-        values = json.loads(read_text(folder / "config.json"))
-        for fact in ("name", "fields"):
-            values.pop(fact, None)
+        folder = folder or newest_run(problem, options.preset)
+        values = read_config(folder)
+        values.pop("fields", None)
+        if (name := values.pop("name")) != problem:
+            raise ValueError(f"{folder} is a run of {name}, not of {problem}")
         default = from_dict(config_class(problem), values)
+    else:
+        default = preset(problem, options.preset)
     config = parse(config_class(problem), default, f"flare-jax train {problem}", rest)
+    with made_if_used(folder or new_run(problem, options.preset)) as folder:
+        train_into(folder, problem, config, options)
+
+
+def train_into(folder: Path, problem: str, config: Config, options: argparse.Namespace) -> None:
+    """Makes or reads the samples, trains, draws and reports."""
+    check_folder(folder, problem, config, options.resume)
     t = config.train
     batch = t.batch_size if t.batch_tokens is None else jax.device_count()  # fits any mesh
     mesh = parallel.make_mesh(options.mesh, batch)
     say = console.print if parallel.is_main() else lambda *_: None
     say(f"{problem} on {parallel.describe(mesh)}, into {folder}")
     module, _ = PROBLEMS[problem]
-    data = module.load(config.problem)
+    data = parallel.main_first(lambda: module.load(config.problem))
     say(f"training samples: {describe(data.train)}")
     result = fit(data, config, folder, resume=options.resume, mesh=mesh, fsdp=options.fsdp)
     if parallel.is_main():
@@ -301,7 +313,10 @@ def problem_arguments(command: str, argv: list[str], training: bool = False):
         f"{{{','.join(names)}}} [--preset NAME] [options]; --help after the problem lists them",
     )
     parser.add_argument("problem", choices=names)
-    problem = parser.parse_args(argv[:1] if argv[:1] != ["--help"] else []).problem
+    if argv[:1] in (["-h"], ["--help"]):
+        parser.print_help()
+        sys.exit(0)
+    problem = parser.parse_args(argv[:1]).problem
     presets = list(PROBLEMS[problem][0].PRESETS)
     parser.add_argument("--preset", choices=presets, default=presets[0])
     if training:
@@ -338,22 +353,41 @@ def parse(cls: type, default, prog: str, argv: list[str]):
     return tyro.cli(tyro.conf.OmitArgPrefixes[cls], default=default, prog=prog, args=argv)
 
 
-def run_folder(problem: str, name: str, resume: bool) -> Path:
-    """A new folder under runs/, or the newest one of this problem and preset to resume."""
-    base = Path("runs")
-    taken = lambda i: base / (f"{problem}-{name}" if i == 1 else f"{problem}-{name}-{i}")
-    number = 1
-    while taken(number).exists():
-        number += 1
-    if resume and number == 1:
-        raise ValueError(f"there is no run {taken(1)} to resume: name one with --out")
-    return taken(number - 1 if resume else number)
+def runs_of(problem: str, name: str) -> Iterator[Path]:
+    """The folders that runs of a problem and preset get, one after the other."""
+    base = Path("runs") / f"{problem}-{name}"
+    yield base
+    for number in itertools.count(2):
+        yield base.with_name(f"{base.name}-{number}")
 
 
-def read_text(path: Path) -> str:
-    if not path.exists():
-        raise FileNotFoundError(f"{path.parent} holds no run: there is no {path.name}")
-    return path.read_text()
+def new_run(problem: str, name: str) -> Path:
+    """A new folder under runs/, made at once: a run that starts beside this one gets another."""
+    for folder in runs_of(problem, name):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
+@contextlib.contextmanager
+def made_if_used(folder: Path) -> Iterator[Path]:
+    """Takes the folder away again where an error leaves it empty."""
+    try:
+        yield folder
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
+
+
+def newest_run(problem: str, name: str) -> Path:
+    """The newest run of this problem and preset that saved a checkpoint; raises ValueError."""
+    made = itertools.takewhile(Path.exists, runs_of(problem, name))
+    saved = [folder for folder in made if steps_in(folder / CHECKPOINTS)]
+    if not saved:
+        first = next(runs_of(problem, name))
+        raise ValueError(f"there is no run {first} to resume: name one with --out")
+    return saved[-1]
 
 
 def draw_test_samples(path: Path, surrogate: Surrogate, data) -> None:

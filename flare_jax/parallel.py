@@ -90,6 +90,17 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
+def main_first(make: Callable):
+    """What `make()` returns, made by the main process first: what that keeps, the others read."""
+    if jax.process_count() == 1:
+        return make()
+    from jax.experimental import multihost_utils
+
+    made = make() if is_main() else None
+    multihost_utils.sync_global_devices("made by the main process")
+    return made if is_main() else make()
+
+
 # ---------------------------------------------------------------------------- mesh ---
 
 

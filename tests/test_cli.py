@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from flare_jax.cli import main
+from flare_jax.cli import made_if_used, main, new_run, newest_run
+from flare_jax.problems import darcy
 
 TINY = """--grid 9 --stride 1 --num-train 8 --num-valid 2 --num-test 4 --epochs 2 --eval-every 1
     --channel-dim 8 --num-blocks 1 --num-heads 1 --num-latents 4 --num-layers-ffn 0
@@ -79,9 +80,39 @@ def test_spectrum_writes_eigenvalues_and_a_picture(run, capsys):
 
 
 def test_resuming_a_finished_run_reports_it_again(run):
-    before = json.loads((run / "result.json").read_text())["rel_l2"]
+    before = (run / "result.json").read_text()
     assert main(["train", "darcy", "--resume", "--out", str(run), "--mesh", "data=1"]) == 0
-    assert json.loads((run / "result.json").read_text())["rel_l2"] == before
+    assert (run / "result.json").read_text() == before
+
+
+def test_a_run_is_resumed_as_what_it_is(run, capsys, monkeypatch):
+    monkeypatch.setattr(darcy, "load", None)  # told before there are samples
+    assert main(["train", "mesh", "--resume", "--out", str(run)]) == 1
+    assert "is a run of darcy, not of mesh" in capsys.readouterr().err
+    assert main(["train", "darcy", "--resume", "--out", str(run), "--epochs", "9"]) == 1
+    assert "train.epochs: 2 -> 9" in capsys.readouterr().err
+    assert main(["train", "darcy", "--out", str(run)]) == 1
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_the_newest_run_to_resume_is_one_that_saved_something(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [new_run("darcy", "small") for _ in range(3)]
+    assert [f.name for f in folders] == ["darcy-small", "darcy-small-2", "darcy-small-3"]
+    with pytest.raises(ValueError, match="no run runs/darcy-small to resume"):
+        newest_run("darcy", "small")
+    (folders[1] / "checkpoints" / "12").mkdir(parents=True)
+    assert newest_run("darcy", "small") == folders[1]
+    with pytest.raises(RuntimeError), made_if_used(folders[2]):
+        raise RuntimeError
+    assert not folders[2].exists()
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_help_before_a_problem_lists_them(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0 and "elasticity" in capsys.readouterr().out
 
 
 def test_a_second_run_gets_a_folder_of_its_own(run, home):
@@ -111,7 +142,9 @@ def test_generate_and_info_run(capsys):
         ("train darcy --mesh data=3", 1, "data=3 must divide the batch of 2: with 8 devices"),
         ("train darcy --mesh points=2", 1, "mesh must look like data=2,tokens=4"),
         ("train darcy --process-id 1 --coordinator host:1", 1, "given together or not at all"),
+        ("train darcy --num-processes 2", 1, "given together or not at all"),
         ("train darcy --resume --out nowhere", 1, "nowhere holds no run"),
+        ("train", 2, "problem"),
         ("evaluate nowhere", 1, "nowhere holds no run"),
         ("spectrum nowhere", 1, "nowhere holds no run"),
         ("predict nowhere x.npz", 1, "nowhere holds no run"),

@@ -19,14 +19,17 @@ from jax.sharding import PartitionSpec as P
 
 from flare_jax import parallel
 from flare_jax.cli import main
+from flare_jax.data.buckets import calls
 from flare_jax.models.flare import FLAREConfig
+from flare_jax.models.functional import num_parameters
 from flare_jax.predict import load_run
 from flare_jax.problems.darcy import DarcyConfig, derivative_loss, grid_inputs
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import Normalizer, Problem, Split
 from flare_jax.train.config import TrainConfig, config_class
-from flare_jax.train.loop import build, fit
-from flare_jax.train.optimizer import OptimizerConfig
+from flare_jax.train.loop import build, fit, start
+from flare_jax.train.optimizer import OptimizerConfig, make_optimizer
+from flare_jax.train.programs import make_program, plan_of
 from flare_jax.train.step import surrogate_loss
 
 LAYERS = ("k_proj", "v_proj", "ffn", "in_out_proj")
@@ -73,6 +76,21 @@ def test_fifty_steps_on_eight_devices_are_those_of_one(single, sizes, fsdp, tmp_
     for name, errors in result["rel_l2"].items():
         np.testing.assert_allclose(errors["mean"], single[1]["rel_l2"][name]["mean"], rtol=1e-4)
     assert result["mesh"] == dict(mesh.shape)
+
+
+def test_parameters_in_parts_stay_in_parts():
+    mesh, problem, config = parallel.make_mesh("data=4", 4, jax.devices()[:4]), toy(), CONFIG
+    plan = plan_of(problem, config, 4)
+    tx = make_optimizer(config.optimizer, 50, parts=True)
+    apply, run = start(problem, config, tx)
+    run = parallel.place(run, mesh, parallel.parameter_specs(run, mesh, True))
+    make = functools.partial(make_program, problem, config, tx, apply, run, mesh, True)
+    program = make((problem.train,), plan.batches)
+    samples = (parallel.place_samples(problem.train, mesh),)
+    which, rows = next(calls(plan, np.asarray(run.keys), 0))
+    text = program.lower(run.state, samples, which, rows).compile().as_text()
+    parameters = num_parameters(run.state.params)
+    assert "all-gather" in text and f"f32[{parameters}]" not in text
 
 
 def test_a_run_of_one_device_goes_on_on_eight(single, tmp_path):

@@ -93,16 +93,19 @@ class Checkpoints:
         saved = self._read(step, config=ocp.args.JsonRestore())
         changed = differences(saved["config"], config)
         if changed:
-            raise CheckpointError(
-                f"the checkpoint in {self.folder} is from another configuration "
-                f"(checkpoint -> now):\n  " + "\n  ".join(changed)
-            )
+            raise CheckpointError(other_configuration(self.folder, changed))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         return self._read(step, state=ocp.args.StandardRestore(abstract))["state"]
 
     def _read(self, step: int, **items):
         with readable(self.folder, step):
             return self.manager.restore(step, args=ocp.args.Composite(**items))
+
+
+def other_configuration(folder: Path, changed: list[str]) -> str:
+    """What an error says where a run cannot go on because of these differences."""
+    lines = "\n  ".join(changed)
+    return f"the run in {folder} is from another configuration (then -> now):\n  {lines}"
 
 
 def load(folder: Path) -> dict:

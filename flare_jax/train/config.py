@@ -86,6 +86,25 @@ def to_dict(config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+def read_config(folder: Path) -> dict:
+    """The values in a run's config.json, with the problem's name and the facts of its fields.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: the file is damaged.
+    """
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no run: there is no {path.name}")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict) or not {"name", "problem", "model"} <= values.keys():
+        raise ValueError(f"{path} is damaged: it is not the configuration of a run")
+    return values
+
+
 def from_dict(cls: type, values: dict):
     """The config `cls` from `to_dict`'s values; unknown names raise a ValueError."""
     hints = typing.get_type_hints(cls)

@@ -9,11 +9,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class MetricsFile:
-    """Appends one JSON object a line to `path`; a resumed run drops the lines after its `step`."""
+    """Appends one JSON object a line to `path`; a resumed run drops the lines after its `step`.
+
+    `seconds` are those of the steps of the lines that are kept.
+    """
 
     def __init__(self, path: Path, step: int = 0):
         lines = path.read_text().splitlines() if path.exists() and step else []
         kept = [line for line in lines if _step(line) <= step]
+        self.seconds = sum(json.loads(line).get("seconds", 0) for line in kept)
         path.write_text("".join(line + "\n" for line in kept))
         self.file = path.open("a")
 

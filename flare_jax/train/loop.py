@@ -31,8 +31,13 @@ from flare_jax.data.buckets import waste
 from flare_jax.models.flare import FLAREModel
 from flare_jax.models.functional import Params, functional, num_parameters
 from flare_jax.problems.problem import Normalizer, Problem, buckets_of, count_of
-from flare_jax.train.checkpoint import CheckpointError, Checkpoints
-from flare_jax.train.config import Config, to_dict
+from flare_jax.train.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    other_configuration,
+    steps_in,
+)
+from flare_jax.train.config import Config, differences, read_config, to_dict
 from flare_jax.train.errors import Errors
 from flare_jax.train.log import MetricsFile, progress_bar
 from flare_jax.train.optimizer import make_optimizer
@@ -41,6 +46,8 @@ from flare_jax.train.step import TrainState, init_state
 
 # "tf32" is three bfloat16 products (2^-16), as in the kernels; TF32 itself has 2^-11
 MATMUL = {"float32": "highest", "tf32": "BF16_BF16_F32_X3", "bfloat16": "bfloat16"}
+
+CHECKPOINTS, RESULT = "checkpoints", "result.json"  # in a run's folder
 
 
 class NonFiniteError(RuntimeError):
@@ -145,12 +152,45 @@ def fit(
         raise ValueError(
             f"data={mesh.shape[parallel.DATA]} of the mesh must divide the batch of {t.batch_size}"
         )
-    folder = writable(folder)
-    checkpoints = Checkpoints(folder / "checkpoints")
-    if checkpoints.latest is not None and not resume:
-        raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
-    with checkpoints, jax.default_matmul_precision(MATMUL[t.precision]):
+    folder = check_folder(folder, problem.name, config, resume)
+    with (
+        Checkpoints(folder / CHECKPOINTS) as checkpoints,
+        jax.default_matmul_precision(MATMUL[t.precision]),
+    ):
         return _fit(problem, config, folder, checkpoints, resume, mesh, fsdp)
+
+
+def check_folder(folder: Path | str, problem: str, config: Config, resume: bool) -> Path:
+    """The folder of a run, made if need be: what can be told of it before there are samples.
+
+    Raises:
+        CheckpointError: it cannot be written; or is to be resumed, and holds no checkpoint or the
+            run of another configuration.
+        ValueError: it holds a run that is not to be resumed, or to be resumed that of another
+            problem.
+    """
+    folder = writable(folder)
+    steps = steps_in(folder / CHECKPOINTS)
+    if not resume:
+        if steps:
+            raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
+        return folder
+    if not steps:
+        raise CheckpointError(f"no checkpoint to resume from in {folder / CHECKPOINTS}")
+    saved = read_config(folder)
+    if saved.get("name") != problem:
+        raise ValueError(f"{folder} is a run of {saved.get('name')}, not of {problem}")
+    changed = differences(deciding(saved), deciding({"name": problem, **to_dict(config)}))
+    if changed:
+        raise CheckpointError(other_configuration(folder, changed))
+    return folder
+
+
+def deciding(plain: dict) -> dict:
+    """Of a config.json what decides the numbers: not where generated samples are kept."""
+    plain = {name: value for name, value in plain.items() if name != "fields"}
+    problem = {name: x for name, x in plain["problem"].items() if name != "cache"}
+    return plain | {"problem": problem}
 
 
 def writable(folder: Path | str) -> Path:
@@ -169,17 +209,21 @@ def writable(folder: Path | str) -> Path:
 
 def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
     t, plain = config.train, {"name": problem.name, **to_dict(config)}
-    plain["problem"].pop("cache", None)  # where generated samples are kept decides nothing
     ranks = 1 if mesh is None else mesh.shape[parallel.DATA]
     plan = plan_of(problem, config, ranks)
     per_epoch = plan.per_epoch
     steps = t.epochs * per_epoch
-    tx = make_optimizer(config.optimizer, steps)
+    # the devices may have changed the batches, and with them all that follows
+    saved = deciding(plain) | {"batches": list(plan.batches), "steps in an epoch": per_epoch}
+    tx = make_optimizer(config.optimizer, steps, parts=fsdp)
     apply, run = start(problem, config, tx)
     if mesh is not None:
         run = parallel.place(run, mesh, parallel.parameter_specs(run, mesh, fsdp))
     if resume:
-        run = checkpoints.restore(run, plain)
+        run = checkpoints.restore(run, saved)
+    done = int(run.state.step[0])
+    if done == steps and (folder / RESULT).exists():
+        return json.loads((folder / RESULT).read_text())
     if parallel.is_main():
         text = json.dumps(plain | {"fields": fields(problem)}, indent=2)
         (folder / "config.json").write_text(text + "\n")
@@ -188,8 +232,7 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
     y_normalizer = jax.tree.map(np.asarray, run.y_normalizer)
     errors = Errors(apply, y_normalizer, mesh, problem.metrics)
 
-    done, times, began = int(run.state.step[0]), [], time.perf_counter()
-    main = parallel.is_main()
+    times, began, main = [], time.perf_counter(), parallel.is_main()
     metrics = MetricsFile(folder / "metrics.jsonl" if main else Path(os.devnull), done)
     progress = progress_bar(None if main else Console(file=io.StringIO()))
     status, caught = {}, []
@@ -207,21 +250,23 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
             line = {name: float(np.mean(x)) for name, x in values.items()}
             metrics.write(step=done, epoch=done / per_epoch, seconds=times[-1] * length, **line)
             status["loss"] = line["loss"]
-            if done % (per_epoch * t.eval_every) == 0 or done == steps or stopping():
-                if problem.valid is not None:
-                    raw = errors(run.state.params, problem.valid)["rel_l2"].mean(1)
-                    averaged = errors(run.state.ema, problem.valid)["rel_l2"].mean(1)
-                    run = run._replace(best=better(run.best, run.state, raw, averaged))
-                    metrics.write(step=done, valid=raw.tolist(), valid_ema=averaged.tolist())
-                    status["valid rel-L2"] = float(run.best.error.mean())
-                checkpoints.save(done, run, plain)
+            due = done % (per_epoch * t.eval_every) == 0 or done == steps
+            stop = stopping()  # saved as it is: a validation now would be one more than undisturbed
+            if due and problem.valid is not None:
+                raw = errors(run.state.params, problem.valid)["rel_l2"].mean(1)
+                averaged = errors(run.state.ema, problem.valid)["rel_l2"].mean(1)
+                run = run._replace(best=better(run.best, run.state, raw, averaged))
+                metrics.write(step=done, valid=raw.tolist(), valid_ema=averaged.tolist())
+                status["valid rel-L2"] = float(run.best.error.mean())
+            if due or stop:
+                checkpoints.save(done, run, saved)
             text = "  ".join(f"{name} {value:.4g}" for name, value in status.items())
             progress.update(bar, completed=done / per_epoch, status=text)
-            if stopping() and checkpoints.begun == done:
+            if (stop or stopping()) and checkpoints.begun == done:
                 checkpoints.wait()
                 raise Interrupted(f"stopped by a signal at step {done}; saved, resume to go on")
     checkpoints.wait()
-    seconds = time.perf_counter() - began
+    seconds = metrics.seconds + time.perf_counter() - began
     return summarise(problem, config, folder, errors, run, seconds, times, mesh)
 
 
@@ -304,8 +349,8 @@ def summarise(problem, config, folder, errors, run, seconds, times, mesh) -> dic
         "parameters": num_parameters(run.state.params) // config.train.seeds,
         "steps": int(run.state.step[0]),
         "padding": waste(problem.train),  # padded points over real ones, less 1
-        "milliseconds_per_step": 1e3 * float(np.median(times[1:] or times)) if times else None,
-        "seconds": seconds,
+        "milliseconds_per_step": 1e3 * float(np.median(times[1:])) if times[1:] else None,
+        "seconds": seconds,  # of this process, and of the steps of those before it
         "peak_bytes": memory.get("peak_bytes_in_use"),
         "device": jax.devices()[0].device_kind,
         "mesh": None if mesh is None else dict(mesh.shape),
@@ -317,5 +362,5 @@ def summarise(problem, config, folder, errors, run, seconds, times, mesh) -> dic
     if not math.isfinite(result["test_rel_l2"]):
         raise NonFiniteError(f"the test error is {result['test_rel_l2']}")
     if parallel.is_main():
-        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        (folder / RESULT).write_text(json.dumps(result, indent=2) + "\n")
     return result

@@ -55,8 +55,13 @@ def one_cycle(start: float, peak: float, end: float, num_steps: int, fraction: f
     return value
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW whose learning rate and beta1 follow the one-cycle schedule."""
+def make_optimizer(
+    config: OptimizerConfig, num_steps: int, parts: bool = False
+) -> optax.GradientTransformation:
+    """Clipping, then AdamW whose learning rate and beta1 follow the one-cycle schedule.
+
+    `parts`: parameters lie in parts over devices, where they stay.
+    """
     peak, fraction = config.learning_rate, config.warmup_fraction
     low = peak / START_DIVISOR
     adamw = optax.inject_hyperparams(optax.adamw, static_args=("mask",))(
@@ -67,8 +72,9 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         weight_decay=config.weight_decay,
         mask=decayed,
     )
+    clip = optax.clip_by_global_norm(config.clip_norm)
     # as one vector: a norm leaf by leaf is a kernel for each of hundreds of leaves
-    return optax.chain(optax.flatten(optax.clip_by_global_norm(config.clip_norm)), adamw)
+    return optax.chain(clip if parts else optax.flatten(clip), adamw)
 
 
 def decayed(params: Params) -> dict:

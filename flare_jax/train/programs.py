@@ -118,7 +118,7 @@ def make_program(problem, config, tx, apply, run, mesh, fsdp, buckets, batches) 
     ]
     each = parallel.value_and_grad(mesh, fsdp)  # of one of the losses
     value_and_grad = functools.partial(switched, value_and_grad=each, batches=batches)
-    train_step = make_train_step(losses, tx, config.optimizer.ema_decay, value_and_grad)
+    train_step = make_train_step(losses, tx, config.optimizer.ema_decay, value_and_grad, fsdp)
     t, size = config.train, max(split.y.shape[1] for split in buckets)
     points = t.seeds * max(t.batch_size * size, t.batch_tokens or 0)
     options = {"compiler_options": parallel.compiler_options(points, mesh)}

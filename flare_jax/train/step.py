@@ -42,16 +42,20 @@ def make_train_step(
     tx: optax.GradientTransformation,
     ema_decay: float = 0.999,
     value_and_grad: Callable = jax.value_and_grad,
+    parts: bool = False,
 ) -> Callable:
     """Jits `(state, batch) -> (state, metrics)` for `loss_fn(params, batch) -> scalar`.
 
     `value_and_grad(loss_fn)` is the step's `(params, batch) -> (loss, gradient)`;
     `parallel.value_and_grad` on many devices, and the training loop's takes a loss for each bucket.
+    `parts`: gradients lie in parts over devices, where they stay.
 
     Metrics: the loss, the gradient norm before clipping, and the learning rate and beta1 (b1) as
     used in this step where they follow a schedule. The state passed in is donated: its buffers are
     reused.
     """
+
+    norm = optax.tree.norm if parts else vector_norm
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict]:
         loss, grads = value_and_grad(loss_fn)(state.params, batch)
@@ -64,7 +68,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def norm(tree: Params) -> jax.Array:
+def vector_norm(tree: Params) -> jax.Array:
     """Global L2 norm, taken as that of one vector: a single sum instead of one for each leaf."""
     return jnp.linalg.norm(ravel_pytree(tree)[0])
 

@@ -17,8 +17,9 @@ from flare_jax.models.flare import FLAREConfig
 from flare_jax.problems.darcy import DarcyConfig, grid_inputs
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import Normalizer, Problem, Split
-from flare_jax.train.checkpoint import CheckpointError, Checkpoints
+from flare_jax.train.checkpoint import CheckpointError
 from flare_jax.train.config import TrainConfig, config_class, preset, to_dict
+from flare_jax.train.log import MetricsFile
 from flare_jax.train.loop import Interrupted, NonFiniteError, fit
 from flare_jax.train.optimizer import OptimizerConfig
 
@@ -90,26 +91,28 @@ def test_the_reported_error_is_that_of_the_saved_parameters(whole):
 
 def test_a_resumed_run_gives_the_numbers_of_one_that_never_stopped(whole, tmp_path, monkeypatch):
     folder, result = whole
-    save = Checkpoints.save
+    write = MetricsFile.write
 
-    def stop_after(self, step, *args):
-        save(self, step, *args)
-        if step == 24:
+    def stop_after(self, **values):
+        write(self, **values)
+        if values["step"] == 20:  # between two validations
             os.kill(os.getpid(), signal.SIGTERM)  # as a scheduler does before it takes a node
 
-    monkeypatch.setattr(Checkpoints, "save", stop_after)
-    with pytest.raises(Interrupted, match="step 24"):
-        fit(toy(), CONFIG, tmp_path)
-    monkeypatch.setattr(Checkpoints, "save", save)
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "write", stop_after)
+        with pytest.raises(Interrupted, match="step 20"):
+            fit(toy(), CONFIG, tmp_path)
     again = fit(toy(), CONFIG, tmp_path, resume=True)
     assert again["rel_l2"] == result["rel_l2"]
     jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path), last_state(folder))
-    loss = lambda f: [
-        (m["step"], m["loss"])
+    values = lambda f: [
+        (m["step"], m.get("loss"), m.get("valid"))
         for m in map(json.loads, (f / "metrics.jsonl").read_text().splitlines())
-        if "loss" in m
     ]
-    assert loss(tmp_path) == loss(folder)
+    assert values(tmp_path) == values(folder)
+    record = (tmp_path / "result.json").read_text()
+    assert fit(toy(), CONFIG, tmp_path, resume=True) == json.loads(record)  # there is nothing to do
+    assert (tmp_path / "result.json").read_text() == record
 
 
 KILLED = """
