@@ -14,7 +14,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from flare_jax.models.layers import ACTIVATIONS, ResidualMLP, linear, norm, residual_mlps
-from flare_jax.ops.flare import IMPLEMENTATIONS, LATENTS, flare_attention, flare_decode, pick
+from flare_jax.ops.flare import (
+    IMPLEMENTATIONS,
+    LATENTS,
+    describe,
+    flare_attention,
+    flare_decode,
+    pick,
+)
 from flare_jax.ops.sharded import flare_attention_shard
 
 
@@ -43,16 +50,26 @@ class FLAREConfig:
     implementation: str | None = None  # of operator and MLPs; None: the best that applies
 
     def __post_init__(self):
-        for name in ("channel_dim", "num_blocks", "num_latents"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_layers_k_proj", "num_layers_v_proj", "num_layers_ffn"):
-            if getattr(self, name) < -1:
-                raise ValueError(f"{name} must be at least -1, got {getattr(self, name)}")
+        layers = ("k_proj", "v_proj", "ffn", "in_out_proj")
+        least = dict.fromkeys(("channel_dim", "num_blocks", "num_latents"), 1)
+        least |= {f"num_layers_{name}": -1 for name in layers}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < bound:
+                raise ValueError(f"{name} must be a whole number, at least {bound}, got {value!r}")
         if self.heads < 1 or self.channel_dim % self.heads:
+            default = " (the default: one head for 8 channels)" if self.num_heads is None else ""
             raise ValueError(
-                f"num_heads must divide channel_dim {self.channel_dim}, got {self.num_heads}"
+                f"num_heads must divide channel_dim {self.channel_dim}, got {self.heads}{default}"
             )
+        for name in ("k_proj_mlp_ratio", "v_proj_mlp_ratio", "ffn_mlp_ratio"):
+            ratio = getattr(self, name)
+            if not 1 <= self.channel_dim * ratio < float("inf"):
+                raise ValueError(
+                    f"{name} must leave a hidden channel of {self.channel_dim}, got {ratio}"
+                )
+        if not 0 < self.attn_scale < float("inf"):
+            raise ValueError(f"attn_scale must be positive, got {self.attn_scale}")
         if self.act not in ACTIVATIONS:
             raise ValueError(f"act must be of {list(ACTIVATIONS)}, got {self.act!r}")
         if self.implementation not in (None, *IMPLEMENTATIONS):
@@ -212,8 +229,12 @@ class FLAREModel(nnx.Module):
         Inside `jax.shard_map` with the points of each sample spread over the mesh axis `axis_name`,
         x and mask are those of this device: everything but the mixing is computed apart.
         """
-        if x.ndim != 3 or x.shape[-1] != self.in_dim:
-            raise ValueError(f"x must be [B, N, {self.in_dim}], got shape {tuple(x.shape)}")
+        if x.ndim != 3 or x.shape[-1] != self.in_dim or 0 in x.shape:
+            raise ValueError(
+                f"x must be [B, N, {self.in_dim}] and not empty, got shape {tuple(x.shape)}"
+            )
+        if mask is not None and getattr(mask, "shape", None) != x.shape[:2]:
+            raise ValueError(f"mask must be a bool array {x.shape[:2]}, got {describe(mask)}")
         if mask is not None:  # whatever padding holds must not reach real points as a NaN
             x = jnp.where(mask[:, :, None], x, 0)
         keep = jax.checkpoint_policies.save_only_these_names(LATENTS)

@@ -89,7 +89,8 @@ def flare_encode(
         z, in the dtype of v, and the log-sum-exp of the scores over real tokens in at least
         float32. Both are differentiable, so parts of the tokens can be encoded apart and merged:
         lse = logaddexp(lse_1, lse_2), z = exp(lse_1 - lse) z_1 + exp(lse_2 - lse) z_2.
-        Without a real token z is 0 and lse is -inf.
+        Without a real token z is 0 and lse is -inf: where that may be so of all parts, put 0 for
+        lse in the weights.
     """
     check(q, k, mask, scale, v=v)
     z, lse = _encode(pick(implementation, q, k, v, mask), float(scale), q, k, v, mask)
@@ -117,8 +118,11 @@ def check(q, k, mask, scale, **other) -> None:
     """Raises a TypeError or ValueError that names the first argument that does not fit."""
     arrays = {"q": q, "k": k, **other}
     for name, x in arrays.items():
-        if not hasattr(x, "shape") or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} must be a floating-point array, got {describe(x)}")
+        is_array = hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.floating)
+        if not is_array or x.dtype.itemsize < 2:
+            raise TypeError(
+                f"{name} must be an array of floats of 16 bits or more, got {describe(x)}"
+            )
         want = "[M, H, D]" if name == "q" else f"[B, {'M' if name == 'z' else 'N'}, H, D]"
         if x.ndim != want.count(",") + 1 or 0 in x.shape:
             raise ValueError(f"{name} must be {want} and not empty, got shape {tuple(x.shape)}")
@@ -126,17 +130,26 @@ def check(q, k, mask, scale, **other) -> None:
         if x.dtype != k.dtype and name != "z":
             raise TypeError(f"{name} must have the dtype of k, {k.dtype}, got {x.dtype}")
     (m, h, d), (b, n) = q.shape, k.shape[:2]
-    for name, x in arrays.items():
-        want = (m, h, d) if name == "q" else (b, m if name == "z" else n, h, d)
+    if k.shape[2:] != (h, d):
+        raise ValueError(
+            f"q and k must have the same heads and head width, got q {tuple(q.shape)} and "
+            f"k {tuple(k.shape)}"
+        )
+    for name, x in other.items():
+        want = b, m if name == "z" else n, h, d
         if x.shape != want:
             raise ValueError(
                 f"{name} must be {want} to match q {tuple(q.shape)} and k {tuple(k.shape)}, "
                 f"got {tuple(x.shape)}"
             )
-    if mask is not None and (mask.shape != (b, n) or mask.dtype != bool):
+    shape = getattr(mask, "shape", None)
+    if mask is not None and (shape != (b, n) or mask.dtype != bool):
         raise ValueError(f"mask must be a bool array of shape {(b, n)}, got {describe(mask)}")
-    if isinstance(scale, jax.core.Tracer) or jnp.ndim(scale) or not 0 < float(scale) < float("inf"):
-        raise ValueError(f"scale must be a positive Python number, got {scale}")
+    largest = float(jnp.finfo(jnp.float32).max)
+    if isinstance(scale, (bool, jax.core.Tracer)) or not (
+        hasattr(scale, "__float__") and jnp.ndim(scale) == 0 and 0 < float(scale) < largest
+    ):
+        raise ValueError(f"scale must be a positive Python number, got {scale!r}")
 
 
 def describe(x) -> str:
@@ -146,11 +159,12 @@ def describe(x) -> str:
 def pick(implementation, q, k, v, mask) -> ModuleType:
     """The implementation's module; raises with the reasons when none asked for applies."""
     names = DEFAULT if implementation is None else implementation
-    names = (names,) if isinstance(names, str) else tuple(names)
-    reasons = []
+    names = tuple(names) if isinstance(names, (list, tuple)) else (names,)
     for name in names:
         if name not in IMPLEMENTATIONS:
             raise ValueError(f"implementation must be of {list(IMPLEMENTATIONS)}, got {name!r}")
+    reasons = []
+    for name in names:
         try:
             IMPLEMENTATIONS[name].supports(q, k, v, mask)
             return IMPLEMENTATIONS[name]

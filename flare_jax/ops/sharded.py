@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Bool, Float
 
 from flare_jax.ops import flare
@@ -43,8 +43,9 @@ def flare_attention_sharded(
     """`flare_attention` of whole arrays, computed by all devices of `mesh`; use it under `jit`.
 
     Samples lie over the mesh axis `batch` (None: every device has all of them) and points over the
-    axis `tokens`. If that axis does not divide N, the last points are padded and masked. Other
-    arguments as in `flare_attention`.
+    axis `tokens`. If that axis does not divide N, the last points are padded and masked (and where
+    the mesh's axes are explicit, y lies over `batch` alone). Other arguments as in
+    `flare_attention`.
 
     Raises:
         ValueError: the mesh has no such axis, or its size does not divide the batch.
@@ -69,14 +70,20 @@ def flare_attention_sharded(
     local = functools.partial(
         flare_attention_shard, axis_name=tokens, scale=scale, implementation=implementation
     )
-    spec = PartitionSpec(batch, tokens)
+    whole_array, spec = PartitionSpec(), PartitionSpec(batch, tokens)
+    explicit = AxisType.Explicit in mesh.axis_types  # types of arrays name their shardings
+    put = lambda x, spec: None if x is None else reshard(x, NamedSharding(mesh, spec))
+    if explicit:
+        q, (k, v, mask) = put(q, whole_array), (put(x, spec) for x in (k, v, mask))
     y = jax.shard_map(
         lambda q, k, v, mask: local(q, k, v, mask=mask),
         mesh=mesh,
-        in_specs=(PartitionSpec(), spec, spec, spec),
+        in_specs=(whole_array, spec, spec, spec),
         out_specs=spec,
         check_vma=False,  # Pallas calls do not state over which axes their results vary
     )(q, k, v, mask)
+    if explicit and spare:  # no type can name the sharding of what is left
+        y = put(y, PartitionSpec(batch))
     return y[:, :n]
 
 

@@ -161,10 +161,16 @@ def test_all_misfits_are_listed_at_once(small):
     ("change", "message"),
     [
         ({"num_heads": 3}, "num_heads must divide"),
-        ({"num_latents": 0}, "num_latents must be at least 1"),
+        ({"channel_dim": 4}, "num_heads must divide channel_dim 4, got 0"),
+        ({"num_latents": 0}, "num_latents must be a whole number, at least 1"),
+        ({"num_blocks": 1.5}, "num_blocks must be a whole number"),
+        ({"num_layers_in_out_proj": -7}, "num_layers_in_out_proj must be"),
+        ({"ffn_mlp_ratio": float("nan")}, "ffn_mlp_ratio must leave"),
+        ({"k_proj_mlp_ratio": 0.0}, "k_proj_mlp_ratio must leave"),
+        ({"attn_scale": -1.0}, "attn_scale must be positive"),
         ({"act": "relu6"}, "act must be of"),
         ({"implementation": "magic"}, "implementation must be of"),
-        ({"num_layers_ffn": -2}, "num_layers_ffn must be at least -1"),
+        ({"num_layers_ffn": -2}, "num_layers_ffn must be .* at least -1"),
     ],
 )
 def test_bad_configurations_are_named(change, message):
@@ -174,8 +180,11 @@ def test_bad_configurations_are_named(change, message):
 
 def test_wrong_input_width_is_named(small):
     apply, params = small
-    with pytest.raises(ValueError, match=r"x must be \[B, N, 3\], got shape \(1, 5, 2\)"):
+    with pytest.raises(ValueError, match=r"x must be \[B, N, 3\] .*, got shape \(1, 5, 2\)"):
         apply(params, jnp.ones((1, 5, 2)))
+    for mask in (jnp.ones((1, 4), bool), jnp.ones(5, bool), [[True] * 5]):
+        with pytest.raises(ValueError, match=r"mask must be a bool array \(1, 5\)"):
+            apply(params, jnp.ones((1, 5, 3)), mask)
 
 
 @pytest.mark.parametrize(

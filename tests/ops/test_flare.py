@@ -168,16 +168,18 @@ def test_padding_is_invisible(implementation):
 @pytest.mark.parametrize("implementation", ["reference", "xla", "fused"])
 def test_parts_merge_by_log_sum_exp(implementation):
     q, k, v, _, _ = inputs("plain")
+    mask = jnp.ones(k.shape[:2], bool).at[0].set(False).at[1, 23:].set(False)  # sample 0: no token
 
     def merged(q, k, v):
         (z1, l1), (z2, l2) = (
-            flare_encode(q, k[:, s], v[:, s], implementation=implementation)
+            flare_encode(q, k[:, s], v[:, s], mask=mask[:, s], implementation=implementation)
             for s in (slice(0, 23), slice(23, 40))
         )
         lse = jnp.logaddexp(l1, l2)
+        lse = jnp.where(jnp.isfinite(lse), lse, 0)
         return jnp.exp(l1 - lse)[..., None] * z1 + jnp.exp(l2 - lse)[..., None] * z2
 
-    whole = lambda q, k, v: flare_encode(q, k, v, implementation=implementation)[0]
+    whole = lambda q, k, v: flare_encode(q, k, v, mask=mask, implementation=implementation)[0]
     for f, g in (
         (merged, whole),
         *[(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)) for f in (merged, whole))],
@@ -252,12 +254,18 @@ ARRAY = jnp.ones((2, 5, 2, 4))
 BAD = {
     "q must be": (dict(q=jnp.ones((3, 4))), ValueError),
     "q must be .* not empty": (dict(q=jnp.ones((0, 2, 4))), ValueError),
-    "k must be .* to match q": (dict(q=jnp.ones((3, 2, 8))), ValueError),
+    "q and k must have the same heads": (dict(q=jnp.ones((3, 2, 8))), ValueError),
     "v must be .* to match": (dict(v=jnp.ones((2, 5, 1, 4))), ValueError),
     "k must be .* not empty": (dict(k=jnp.ones((2, 0, 2, 4))), ValueError),
     "v must have the dtype of k": (dict(v=ARRAY.astype(jnp.bfloat16)), TypeError),
-    "k must be a floating-point": (dict(k=jnp.ones((2, 5, 2, 4), int)), TypeError),
-    "q must be a floating-point array, got None": (dict(q=None), TypeError),
+    "k must be an array of floats": (dict(k=jnp.ones((2, 5, 2, 4), int)), TypeError),
+    "q must be an array of floats .*, got None": (dict(q=None), TypeError),
+    "v must be .* 16 bits or more": (dict(v=ARRAY.astype(jnp.float8_e4m3fn)), TypeError),
+    "mask must be .*, got True": (dict(mask=True), ValueError),
+    "scale must be .*, got '1'": (dict(scale="1"), ValueError),
+    "scale must be .*, got None": (dict(scale=None), ValueError),
+    "implementation must be of .*, got 3": (dict(implementation=3), ValueError),
+    "implementation must be of .*, got 'x'": (dict(implementation=("xla", "x")), ValueError),
     "mask must be a bool array": (dict(mask=jnp.ones((2, 5))), ValueError),
     "mask must be .* of shape": (dict(mask=jnp.ones((2, 4), bool)), ValueError),
     "scale must be a positive": (dict(scale=0.0), ValueError),

@@ -51,6 +51,14 @@ def interpret(request, monkeypatch):
             monkeypatch.setattr(attention_backward, "SPREAD", 5.0)
 
 
+@pytest.mark.parametrize("n", [12, 13])
+def test_a_mesh_as_jax_makes_it_will_do(n):
+    mesh = jax.make_mesh((2, 2), ("data", "tokens"), devices=jax.devices()[:4])  # explicit axes
+    q, k = jnp.ones((4, 2, 4)), jax.random.normal(jax.random.key(0), (2, n, 2, 4))
+    y = jax.jit(functools.partial(flare_attention_sharded, mesh=mesh, batch="data"))(q, k, k)
+    assert relative(y, flare_attention(q, k, k)) <= 1e-6
+
+
 def inputs(case, dtype=np.float32):
     """q, k, v, dy and mask; masked tokens hold NaN."""
     b, n, m, h, d, kind, size = CASES[case]
