@@ -235,7 +235,7 @@ def spectrum(argv: list[str]) -> None:
     test = max(buckets_of(data.test), key=lambda split: len(split.x))
     if not 1 <= samples <= len(test.x):
         raise ValueError(f"samples must be 1 to {len(test.x)} test samples, got {samples}")
-    x = surrogate.x_normalizer.decode(test.x[:samples])
+    x = data.x_normalizer.decode(test.x[:samples])
     mask = None if test.mask is None else test.mask[:samples]
     found = spectra.model_spectra(surrogate, x, mask)
     facts = {"run": str(folder), "problem": surrogate.problem, "which": which, "samples": samples}

@@ -42,6 +42,7 @@ class Surrogate:
     inputs: tuple[str, ...] = ()  # names of the columns of x
     targets: tuple[str, ...] = ()  # and of the fields
     points: int | None = None  # of the largest training sample
+    contents: dict[str, dict] | None = None  # of its problem: `Problem.contents`
 
     def __call__(
         self,
@@ -123,7 +124,8 @@ def load_run(folder: Path | str, which: Which = "best") -> Surrogate:
     x_norm, y_norm = (Normalizer(**saved[f"{name}_normalizer"]) for name in "xy")
     apply, _ = build(config, len(x_norm.mean), len(y_norm.mean))
     names = tuple(fields["inputs"]), tuple(fields["targets"])
-    return Surrogate(problem, config, apply, params, x_norm, y_norm, *names, fields["points"])
+    facts = fields["points"], fields.get("samples")
+    return Surrogate(problem, config, apply, params, x_norm, y_norm, *names, *facts)
 
 
 def load_data(surrogate: Surrogate, cache: Path | None = None) -> Problem:
@@ -134,21 +136,24 @@ def load_data(surrogate: Surrogate, cache: Path | None = None) -> Problem:
         cache: where generated samples were kept, for a run does not say; None: in the default one.
 
     Raises:
-        ValueError: the problem generates no samples, and takes no cache.
+        ValueError: the problem generates no samples, and takes no cache; or the samples are not
+            those of the run, as where files were added to its folder.
     """
     config = surrogate.config.problem
     if cache is not None:
         if not hasattr(config, "cache"):
             raise ValueError(f"{surrogate.problem} generates no samples: it takes no cache")
         config = dataclasses.replace(config, cache=cache)
-    return PROBLEMS[surrogate.problem][0].load(config)
+    data = PROBLEMS[surrogate.problem][0].load(config)
+    data.check_contents(surrogate.contents, config.data)
+    return data
 
 
 def test_errors(surrogate: Surrogate, data: Problem) -> np.ndarray:
     """rel-L2 of every test sample."""
     errors = []
     for split in buckets_of(data.test):
-        prediction = surrogate(surrogate.x_normalizer.decode(split.x), split.mask)
+        prediction = surrogate(data.x_normalizer.decode(split.x), split.mask)
         errors.append(rel_l2(prediction, split.y, split.mask))
     return np.concatenate(errors)
 
@@ -158,6 +163,6 @@ def one_sample(surrogate: Surrogate, data: Problem, row: int) -> tuple[np.ndarra
     starts = np.cumsum([0, *(len(split.x) for split in buckets_of(data.test))])
     bucket = int(np.searchsorted(starts, row, side="right")) - 1
     split = take_samples(buckets_of(data.test)[bucket], np.array([row - starts[bucket]]))
-    x = np.asarray(surrogate.x_normalizer.decode(split.x))
+    x = np.asarray(data.x_normalizer.decode(split.x))
     real = slice(None) if split.mask is None else split.mask[0]
     return x[0][real], surrogate(x, split.mask)[0][real], split.y[0][real]

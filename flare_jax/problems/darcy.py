@@ -122,6 +122,7 @@ def load(config: DarcyConfig, progress: bool = True) -> Problem:
         inputs=INPUTS,
         targets=TARGETS,
         shape=shape,
+        generated=config.data is None,
     )
 
 

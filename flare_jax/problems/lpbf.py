@@ -143,6 +143,7 @@ def load(config: LPBFConfig, progress: bool = True) -> Problem:
         inputs=INPUTS,
         targets=TARGETS,
         metrics={"legacy": legacy},
+        generated=config.data is None and not config.published,
     )
 
 

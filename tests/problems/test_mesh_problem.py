@@ -1,6 +1,8 @@
 """Your own meshes, from a folder of files to predictions in files."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -113,17 +115,31 @@ def run(folder, tmp_path_factory):
     return out
 
 
-def test_a_run_keeps_what_its_user_must_know(run, capsys):
+def test_a_run_keeps_what_its_user_must_know(folder, run, capsys):
     fields = json.loads((run / "config.json").read_text())["fields"]
     assert fields == {
         "inputs": ["x", "y", "z", "a"],
         "targets": ["p", "u_x", "u_y", "u_z"],
         "points": 7,
+        "samples": json.loads(json.dumps(load(config(folder)).contents)),
     }
     assert (run / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert main(["evaluate", str(run)]) == 0
     error = json.loads((run / "result.json").read_text())["test_rel_l2"]
     assert f"{error:.5f}"[:6] in capsys.readouterr().out
+
+
+def test_a_folder_with_another_mesh_is_refused(run, folder, tmp_path, capsys):
+    resume = f"train mesh --resume --out {run} --mesh data=1"
+    shutil.copy(folder / "m0.npz", folder / "m9.npz")
+    try:
+        for command in (f"evaluate {run}", f"spectrum {run} --out {tmp_path}", resume):
+            assert main(command.split()) == 1
+            said = capsys.readouterr().err
+            assert f"the samples in {folder} are not those that the run was trained on" in said
+            assert re.search(r"train: 4 samples, \d+ points, \w+ digest -> 5 samples", said)
+    finally:
+        (folder / "m9.npz").unlink()
 
 
 def test_a_mesh_far_larger_than_any_in_training_goes_in_parts(run, tmp_path, caplog):

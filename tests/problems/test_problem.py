@@ -83,6 +83,22 @@ def test_mean_error_of_padded_samples_uses_one_mean_per_field():
     np.testing.assert_allclose(p.mean_error, 1, rtol=1e-6)  # this toy's y_normalizer has mean 0
 
 
+def test_contents_are_those_of_the_samples_in_any_order():
+    p = problem(valid=split(2))
+    shuffled = dataclasses.replace(p, test=Split(p.test.x[::-1], p.test.y[::-1]))
+    shuffled.check_contents(p.contents, None)
+    assert p.contents["valid"].keys() == {"samples", "points", "digest"}
+    dataclasses.replace(p, generated=True).check_contents(None, None)
+    other = dataclasses.replace(p, test=split(3), valid=None)
+    with pytest.raises(ValueError, match="in here are not") as error:
+        other.check_contents(p.contents, "here")
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["valid", "test"]
+    assert lines[1].endswith("-> none") and "3 samples, 18 points" in lines[2]
+    made = dataclasses.replace(p, generated=True)
+    dataclasses.replace(other, valid=p.valid, generated=True).check_contents(made.contents, None)
+
+
 def with_nan(split):
     x = split.x.copy()
     x[1, 2, 0] = np.nan
