@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from flare_jax.data.buckets import take_samples
 from flare_jax.models.functional import Params
-from flare_jax.problems.metrics import rel_l2
+from flare_jax.problems.metrics import rel_l2_on_host
 from flare_jax.problems.problem import Normalizer, Problem, buckets_of
 from flare_jax.stream import make_streamed
 from flare_jax.train.checkpoint import load
@@ -154,7 +154,7 @@ def test_errors(surrogate: Surrogate, data: Problem) -> np.ndarray:
     errors = []
     for split in buckets_of(data.test):
         prediction = surrogate(data.x_normalizer.decode(split.x), split.mask)
-        errors.append(rel_l2(prediction, split.y, split.mask))
+        errors.append(rel_l2_on_host(prediction, split.y, split.mask))
     return np.concatenate(errors)
 
 

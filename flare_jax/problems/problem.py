@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from flare_jax.problems.metrics import AnyArray, rel_l2
+from flare_jax.problems.metrics import AnyArray, rel_l2_on_host
 
 
 class Normalizer(NamedTuple):
@@ -163,7 +163,7 @@ class Problem:
         sizes = {s.y.shape[1] for s in (*train, *tests)}
         if train[0].mask is None and len(sizes) == 1:
             mean = np.mean(train[0].y, axis=0, dtype=np.float64).astype(np.float32)  # [N, O]
-        errors = [rel_l2(np.broadcast_to(mean, s.y.shape), s.y, s.mask) for s in tests]
+        errors = [rel_l2_on_host(np.broadcast_to(mean, s.y.shape), s.y, s.mask) for s in tests]
         return float(np.mean(np.concatenate(errors)))
 
 
