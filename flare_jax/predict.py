@@ -43,6 +43,8 @@ class Surrogate:
     targets: tuple[str, ...] = ()  # and of the fields
     points: int | None = None  # of the largest training sample
     contents: dict[str, dict] | None = None  # of its problem: `Problem.contents`
+    which: Which | None = None  # the parameters; "last" where a run has none that are best
+    seed: int | None = None  # of the run's seeds the one that they are of
 
     def __call__(
         self,
@@ -100,7 +102,8 @@ def load_run(folder: Path | str, which: Which = "best") -> Surrogate:
     Args:
         folder: the run's folder, with config.json and checkpoints/.
         which: the parameters with the smallest validation error, the last ones, or their running
-            average. Of several seeds, the one with the smallest validation error.
+            average. Of several seeds, the one with the smallest validation error. Without
+            validation there are no best ones: the last ones, of the first seed.
 
     Raises:
         FileNotFoundError, CheckpointError: the folder holds no run, or no checkpoint.
@@ -124,8 +127,19 @@ def load_run(folder: Path | str, which: Which = "best") -> Surrogate:
     x_norm, y_norm = (Normalizer(**saved[f"{name}_normalizer"]) for name in "xy")
     apply, _ = build(config, len(x_norm.mean), len(y_norm.mean))
     names = tuple(fields["inputs"]), tuple(fields["targets"])
-    facts = fields["points"], fields.get("samples")
+    facts = fields["points"], fields.get("samples"), which, config.train.seed + seed
     return Surrogate(problem, config, apply, params, x_norm, y_norm, *names, *facts)
+
+
+def parameters_of(surrogate: Surrogate) -> str:
+    """Which parameters these are, and of which seed where there are several: for what is printed.
+
+    A surrogate holds the parameters of one seed, as `load_run` says, where a run's result.json has
+    the mean over all.
+    """
+    seeds = surrogate.config.train.seeds
+    seed = "" if seeds == 1 else f", seed {surrogate.seed} alone of {seeds}"
+    return f"{surrogate.which}{seed}"
 
 
 def load_data(surrogate: Surrogate, cache: Path | None = None) -> Problem:

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".npz", ".vtu", ".vtk", ".ply")
 POINTS = ("pos", "points")  # names of the points in an .npz
 OTHERS = ("elems", "edge_index", "_metadata")  # what is no field of an .npz
+WRITTEN = (".npz", ".vtu", ".vtk")  # suffixes of files that are written
+UNWRITTEN = (*POINTS, *OTHERS, "file", "allow_pickle")  # no names of fields in them: savez's too
 INDEX = ("case_id", "file", "num_nodes", "num_edges", "metadata")  # columns of the published index
 PUBLISHED = "vedantpuri/LPBF_FLARE"
 
@@ -173,17 +175,24 @@ def write_mesh(path: Path | str, mesh: MeshFile) -> None:
         DataFileError: the path has another suffix, or meshio is not installed.
     """
     path = Path(path)
+    check_written(path)
     fields = {name: a[:, 0] if a.shape[1] == 1 else a for name, a in mesh.fields.items()}
     if path.suffix == ".npz":
         np.savez_compressed(path, pos=mesh.points, **fields)
         return
-    if path.suffix not in (".vtu", ".vtk"):
-        raise DataFileError(f"predictions are written as .npz, .vtu or .vtk, got {path}")
     meshio = optional("meshio")
     solid = lambda a: np.pad(a, ((0, 0), (0, 1))) if a.ndim == 2 and a.shape[1] == 2 else a
     vertices = [("vertex", np.arange(len(mesh.points))[:, None])]
     data = {name: solid(a) for name, a in fields.items()}
     meshio.Mesh(solid(mesh.points), mesh.cells or vertices, point_data=data).write(path)
+
+
+def check_written(path: Path) -> None:
+    """Raises what `write_mesh` does of a path that it cannot write, before there is a mesh."""
+    if path.suffix not in WRITTEN:
+        raise DataFileError(f"predictions are written as .npz, .vtu or .vtk, got {path}")
+    if path.suffix != ".npz":
+        optional("meshio")
 
 
 # ------------------------------------------------------------------- folders of meshes ---

@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from flare_jax.data.arrays import DataFileError
 from flare_jax.data.buckets import bucketed_splits
-from flare_jax.data.meshes import MeshFile, mesh_files, read_mesh
+from flare_jax.data.meshes import UNWRITTEN, MeshFile, mesh_files, read_mesh
 from flare_jax.problems.metrics import rel_l2
 from flare_jax.problems.problem import Normalizer, Problem
 
@@ -85,7 +85,8 @@ def load(config: MeshConfig, progress: bool = True) -> Problem:
         FileNotFoundError: there is no such folder, or no mesh in it.
         DataFileError: a file is damaged, lacks a field, or differs from the first in the widths of
             fields or the dimension of space.
-        ValueError: no data or no targets are given, or there are too few meshes.
+        ValueError: no data or no targets are given, a target's name is none that can be written,
+            or there are too few meshes.
     """
     if config.data is None:
         raise ValueError("data must be a folder of meshes: name it with --data FOLDER")
@@ -93,6 +94,9 @@ def load(config: MeshConfig, progress: bool = True) -> Problem:
     if not config.targets:
         found = ", ".join(read_mesh(files[0]).fields) or "none"
         raise ValueError(f"targets must name the fields to learn; {files[0]} has {found}")
+    unwritten = sorted(set(config.targets) & set(UNWRITTEN))
+    if unwritten:
+        raise ValueError(f"a file of predictions cannot hold fields named {', '.join(unwritten)}")
     rows = split_rows(len(files), config)
     wanted = (*config.inputs, *config.targets)
     with ThreadPoolExecutor() as pool:
@@ -196,12 +200,21 @@ def fields_of(
     values: Float[np.ndarray, "n O"], targets: Sequence[str], names: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "n k"]]:
     """Columns named `targets` put together into the fields `names`."""
-    fields, start = {}, 0
-    for name in names:
-        width = next(
-            w
-            for w in range(len(targets), 0, -1)
-            if list(targets[start : start + w]) == columns(name, w)
-        )
-        fields[name], start = values[:, start : start + width], start + width
-    return fields
+    widths = _widths(list(targets), names)
+    ends = np.cumsum(widths)
+    return {n: values[:, e - w : e] for n, w, e in zip(names, widths, ends, strict=True)}
+
+
+def _widths(targets: list[str], names: Sequence[str]) -> list[int] | None:
+    """Columns of each field, so that those of all are `targets`; None where there is no such way.
+
+    A first field may match more columns than it has: u and u_z have u_x, u_y and u_z.
+    """
+    if not names:
+        return None if targets else []
+    for width in range(len(targets), 0, -1):
+        if targets[:width] == columns(names[0], width):
+            rest = _widths(targets[width:], names[1:])
+            if rest is not None:
+                return [width, *rest]
+    return None

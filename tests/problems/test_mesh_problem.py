@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,11 @@ def test_columns_become_fields_again():
     }
 
 
+def test_a_field_may_have_the_name_of_another_one_s_component():
+    fields = fields_of(np.arange(3.0)[None], ("u_x", "u_y", "u_z"), ("u", "u_z"))
+    assert {name: a[0].tolist() for name, a in fields.items()} == {"u": [0.0, 1.0], "u_z": [2.0]}
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -80,6 +86,7 @@ def test_columns_become_fields_again():
         ),
         ({"targets": ("t",)}, DataFileError, "m0.npz has no field t, it has"),
         ({"test_fraction": 0.6, "valid_fraction": 0.4}, ValueError, "leave none to train on"),
+        ({"targets": ("p", "file")}, ValueError, "cannot hold fields named file"),
         ({"data": None}, ValueError, "data must be a folder"),
         ({"data": Path("nowhere")}, FileNotFoundError, "nowhere holds no"),
         ({"inputs": ("p",)}, ValueError, "have the same name, p"),
@@ -126,7 +133,8 @@ def test_a_run_keeps_what_its_user_must_know(folder, run, capsys):
     assert (run / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert main(["evaluate", str(run)]) == 0
     error = json.loads((run / "result.json").read_text())["test_rel_l2"]
-    assert f"{error:.5f}"[:6] in capsys.readouterr().out
+    found = re.search(r"test rel-L2 \(best\): ([\d.]+)", capsys.readouterr().out)
+    assert float(found[1]) == pytest.approx(error, abs=1.1e-5)  # printed to five places
 
 
 def test_a_folder_with_another_mesh_is_refused(run, folder, tmp_path, capsys):
@@ -150,6 +158,21 @@ def test_a_mesh_far_larger_than_any_in_training_goes_in_parts(run, tmp_path, cap
     assert np.abs(fields["u"] - 100).max() < 50  # physical units
     assert out.with_suffix(".png").exists()
     assert "40 points are far more than the 7" in caplog.text and "streamed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        ("p.txt", "written as .npz, .vtu or .vtk, got p.txt"),
+        ("p.vtu", 'needs meshio: pip install "flare_jax[mesh]"'),
+        ("none/p.npz", "there is no folder none to write p.npz into"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_read(run, out, message, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "meshio", None)
+        assert main(f"predict {run} nothing.npz --out {out}".split()) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_predictions_go_into_files_for_viewers(folder, run, tmp_path):
