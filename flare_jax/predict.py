@@ -89,6 +89,16 @@ class Surrogate:
         return jax.jit(lambda params, x, mask: decode(self.apply(params, encode(x), mask)))
 
     def _streamed(self, chunk: int) -> Callable:
+        if chunk not in self._streams:
+            self._streams[chunk] = self._make_streamed(chunk)
+        return self._streams[chunk]
+
+    @functools.cached_property
+    def _streams(self) -> dict[int, Callable]:
+        """Programs by the points of a chunk."""
+        return {}
+
+    def _make_streamed(self, chunk: int) -> Callable:
         widths = len(self.x_normalizer.mean), len(self.y_normalizer.mean)
         dtype = jnp.bfloat16 if self.config.train.precision == "bfloat16" else jnp.float32
         streamed = make_streamed(self.config.model, *widths, chunk, dtype)
@@ -123,7 +133,7 @@ def load_run(folder: Path | str, which: Which = "best") -> Surrogate:
     if which == "best" and not np.isfinite(best["error"][seed]):
         which = "last"  # a run without validation samples chooses nothing
     params = {"best": best["params"], "last": state["params"], "ema": state["ema"]}[which]
-    params = jax.tree.map(lambda x: x[seed], params)
+    params = jax.device_put(jax.tree.map(lambda x: x[seed], params))  # once for all samples
     x_norm, y_norm = (Normalizer(**saved[f"{name}_normalizer"]) for name in "xy")
     apply, _ = build(config, len(x_norm.mean), len(y_norm.mean))
     names = tuple(fields["inputs"]), tuple(fields["targets"])

@@ -200,6 +200,7 @@ def test_without_validation_the_last_parameters_are_reported(tmp_path):
 
 def test_predictions_check_their_input(whole):
     surrogate = predict.load_run(whole[0])
+    assert all(isinstance(p, jax.Array) for p in jax.tree.leaves(surrogate.params))
     with pytest.raises(ValueError, match=r"x must be \[n, N, 3\]"):
         surrogate(np.zeros((1, 5, 2)))
     with pytest.raises(ValueError, match="not finite"):
