@@ -51,10 +51,29 @@ class Normalizer(NamedTuple):
             raise ValueError("cannot normalise: the mask holds no real point")
         mean = np.mean(x, axis=(0, 1), dtype=np.float64, where=where)
         std = np.std(x, axis=(0, 1), dtype=np.float64, where=where)
+        return cls._of(mean, std, raw)
+
+    @classmethod
+    def fit_parts(cls, parts: Sequence[Float[np.ndarray, "n F"]]) -> "Normalizer":
+        """`fit` over the points of meshes of any sizes, which are not put together."""
+        return cls._of(*moments(parts))
+
+    @classmethod
+    def _of(cls, mean, std, raw=()):
         std = np.where(std <= np.finfo(np.float32).eps * np.abs(mean), 1.0, std)
         raw = list(raw)
         mean[raw], std[raw] = 0.0, 1.0
         return cls(mean.astype(np.float32), std.astype(np.float32))
+
+
+def moments(
+    parts: Sequence[Float[np.ndarray, "n F"]],
+) -> tuple[Float[np.ndarray, "F"], Float[np.ndarray, "F"]]:
+    """Mean and standard deviation of each column over the rows of all parts, in float64."""
+    count = sum(map(len, parts))
+    mean = sum(x.sum(0, dtype=np.float64) for x in parts) / count
+    square = sum(np.square(x - mean).sum(0) for x in parts)
+    return mean, np.sqrt(square / count)
 
 
 class Split(NamedTuple):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,17 @@ def test_statistics_are_those_of_training_points_and_positions_share_a_scale(fol
     np.testing.assert_allclose(std[:3], x[:, 0].std(), rtol=1e-5)
     np.testing.assert_allclose(std[3], x[:, 3].std(), rtol=1e-5)
     np.testing.assert_allclose(problem.y_normalizer.mean, split.y[split.mask].mean(0), rtol=1e-5)
+
+
+def test_reading_takes_little_more_than_the_padded_arrays(tmp_path):
+    folder = write(tmp_path / "large", sizes=(30_000,) * 8)
+    tracemalloc.start()
+    problem = load(config(folder, num_buckets=1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    splits = (problem.train, problem.valid, problem.test)
+    held = sum(a.nbytes for samples in splits for s in samples for a in s)
+    assert peak < 2.6 * held
 
 
 def test_columns_become_fields_again():

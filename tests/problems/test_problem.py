@@ -50,6 +50,13 @@ def test_fit_sees_real_points_only():
     np.testing.assert_allclose(std, x[mask].std(0), rtol=1e-5)
 
 
+def test_parts_give_the_statistics_of_all_their_points():
+    parts = [(100 + RNG.normal(size=(n, 2)) * (1, 0)).astype(np.float32) for n in (3, 8, 1)]
+    found, whole = Normalizer.fit_parts(parts), Normalizer.fit(np.concatenate(parts)[None])
+    np.testing.assert_allclose(found, whole, rtol=1e-6)
+    assert found.std[1] == 1  # constant
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
 def test_constant_field_has_unit_std(value):
     x = np.full((5, 100, 1), value, np.float32)
