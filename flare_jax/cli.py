@@ -18,7 +18,7 @@ from rich.table import Table
 
 from flare_jax import __version__, parallel, spectra
 from flare_jax.data.buckets import describe
-from flare_jax.data.meshes import write_mesh
+from flare_jax.data.meshes import check_written, write_mesh
 from flare_jax.ops.flare import DEFAULT, IMPLEMENTATIONS
 from flare_jax.ops.fused import mlp
 from flare_jax.plots import prediction_figure, spectra_figure
@@ -29,6 +29,7 @@ from flare_jax.predict import (
     load_data,
     load_run,
     one_sample,
+    parameters_of,
     test_errors,
 )
 from flare_jax.problems.mesh import fields_of
@@ -144,8 +145,8 @@ def evaluate(argv: list[str]) -> None:
     data = load_data(surrogate, cache)
     errors = test_errors(surrogate, data)
     console.print(
-        f"test rel-L2 ({which}): {errors.mean():.5f}, median {np.median(errors):.5f}, "
-        f"worst {errors.max():.5f} of {len(errors)} samples; "
+        f"test rel-L2 ({parameters_of(surrogate)}): {errors.mean():.5f}, "
+        f"median {np.median(errors):.5f}, worst {errors.max():.5f} of {len(errors)} samples; "
         f"predicting the training mean: {data.mean_error:.5f}"
     )
 
@@ -181,6 +182,9 @@ def predict(argv: list[str]) -> None:
         predict_mesh(surrogate, file, out, chunk)
         return
     out = out or Path("prediction.npz")
+    if out.suffix != ".npz":
+        raise ValueError(f"predictions of {surrogate.problem} are written as .npz, got {out}")
+    check_parent(out)
     inputs, targets = problem.INPUTS, problem.TARGETS
     x, shape = problem.inputs_from(file)
     fields = surrogate(x, chunk=chunk)
@@ -196,6 +200,8 @@ def predict_mesh(surrogate: Surrogate, file: Path, out: Path | None, chunk: int)
     module, _ = PROBLEMS[surrogate.problem]
     config = surrogate.config.problem
     out = out or Path("prediction").with_suffix(".npz" if file.suffix == ".npz" else ".vtu")
+    check_written(out)
+    check_parent(out)
     mesh, x = module.mesh_inputs(file, config)
     values = surrogate(x[None], chunk=chunk)[0]
     names = getattr(config, "targets", surrogate.targets)
@@ -204,6 +210,12 @@ def predict_mesh(surrogate: Surrogate, file: Path, out: Path | None, chunk: int)
     picture, columns = out.with_suffix(".png"), surrogate.targets
     prediction_figure(picture, x[None], values[None], inputs=surrogate.inputs, targets=columns)
     console.print(f"{', '.join(fields)} at {len(x)} points in {out}, picture in {picture}")
+
+
+def check_parent(out: Path) -> None:
+    """Raises FileNotFoundError unless the folder of a file to write is there."""
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {out.parent} to write {out.name} into")
 
 
 def generate(argv: list[str]) -> None:
@@ -247,10 +259,11 @@ def spectrum(argv: list[str]) -> None:
     test = max(buckets_of(data.test), key=lambda split: len(split.x))
     if not 1 <= samples <= len(test.x):
         raise ValueError(f"samples must be 1 to {len(test.x)} test samples, got {samples}")
-    x = surrogate.x_normalizer.decode(test.x[:samples])
+    x = data.x_normalizer.decode(test.x[:samples])
     mask = None if test.mask is None else test.mask[:samples]
     found = spectra.model_spectra(surrogate, x, mask)
-    facts = {"run": str(folder), "problem": surrogate.problem, "which": which, "samples": samples}
+    facts = {"run": str(folder), "problem": surrogate.problem, "which": surrogate.which}
+    facts |= {"seed": surrogate.seed, "samples": samples}
     out.mkdir(parents=True, exist_ok=True)
     spectra.write(out / "spectrum.json", found, **facts)
     title = f"{surrogate.problem}: eigenvalues of the mixing matrices"

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from flare_jax.data.buckets import take_samples
 from flare_jax.models.functional import Params
-from flare_jax.problems.metrics import rel_l2
+from flare_jax.problems.metrics import rel_l2_on_host
 from flare_jax.problems.problem import Normalizer, Problem, buckets_of
 from flare_jax.stream import make_streamed
 from flare_jax.train.checkpoint import load
@@ -42,6 +42,9 @@ class Surrogate:
     inputs: tuple[str, ...] = ()  # names of the columns of x
     targets: tuple[str, ...] = ()  # and of the fields
     points: int | None = None  # of the largest training sample
+    contents: dict[str, dict] | None = None  # of its problem: `Problem.contents`
+    which: Which | None = None  # the parameters; "last" where a run has none that are best
+    seed: int | None = None  # of the run's seeds the one that they are of
 
     def __call__(
         self,
@@ -86,6 +89,16 @@ class Surrogate:
         return jax.jit(lambda params, x, mask: decode(self.apply(params, encode(x), mask)))
 
     def _streamed(self, chunk: int) -> Callable:
+        if chunk not in self._streams:
+            self._streams[chunk] = self._make_streamed(chunk)
+        return self._streams[chunk]
+
+    @functools.cached_property
+    def _streams(self) -> dict[int, Callable]:
+        """Programs by the points of a chunk."""
+        return {}
+
+    def _make_streamed(self, chunk: int) -> Callable:
         widths = len(self.x_normalizer.mean), len(self.y_normalizer.mean)
         dtype = jnp.bfloat16 if self.config.train.precision == "bfloat16" else jnp.float32
         streamed = make_streamed(self.config.model, *widths, chunk, dtype)
@@ -99,7 +112,8 @@ def load_run(folder: Path | str, which: Which = "best") -> Surrogate:
     Args:
         folder: the run's folder, with config.json and checkpoints/.
         which: the parameters with the smallest validation error, the last ones, or their running
-            average. Of several seeds, the one with the smallest validation error.
+            average. Of several seeds, the one with the smallest validation error. Without
+            validation there are no best ones: the last ones, of the first seed.
 
     Raises:
         FileNotFoundError, CheckpointError: the folder holds no run, or no checkpoint.
@@ -119,11 +133,23 @@ def load_run(folder: Path | str, which: Which = "best") -> Surrogate:
     if which == "best" and not np.isfinite(best["error"][seed]):
         which = "last"  # a run without validation samples chooses nothing
     params = {"best": best["params"], "last": state["params"], "ema": state["ema"]}[which]
-    params = jax.tree.map(lambda x: x[seed], params)
+    params = jax.device_put(jax.tree.map(lambda x: x[seed], params))  # once for all samples
     x_norm, y_norm = (Normalizer(**saved[f"{name}_normalizer"]) for name in "xy")
     apply, _ = build(config, len(x_norm.mean), len(y_norm.mean))
     names = tuple(fields["inputs"]), tuple(fields["targets"])
-    return Surrogate(problem, config, apply, params, x_norm, y_norm, *names, fields["points"])
+    facts = fields["points"], fields.get("samples"), which, config.train.seed + seed
+    return Surrogate(problem, config, apply, params, x_norm, y_norm, *names, *facts)
+
+
+def parameters_of(surrogate: Surrogate) -> str:
+    """Which parameters these are, and of which seed where there are several: for what is printed.
+
+    A surrogate holds the parameters of one seed, as `load_run` says, where a run's result.json has
+    the mean over all.
+    """
+    seeds = surrogate.config.train.seeds
+    seed = "" if seeds == 1 else f", seed {surrogate.seed} alone of {seeds}"
+    return f"{surrogate.which}{seed}"
 
 
 def load_data(surrogate: Surrogate, cache: Path | None = None) -> Problem:
@@ -134,22 +160,25 @@ def load_data(surrogate: Surrogate, cache: Path | None = None) -> Problem:
         cache: where generated samples were kept, for a run does not say; None: in the default one.
 
     Raises:
-        ValueError: the problem generates no samples, and takes no cache.
+        ValueError: the problem generates no samples, and takes no cache; or the samples are not
+            those of the run, as where files were added to its folder.
     """
     config = surrogate.config.problem
     if cache is not None:
         if not hasattr(config, "cache"):
             raise ValueError(f"{surrogate.problem} generates no samples: it takes no cache")
         config = dataclasses.replace(config, cache=cache)
-    return PROBLEMS[surrogate.problem][0].load(config)
+    data = PROBLEMS[surrogate.problem][0].load(config)
+    data.check_contents(surrogate.contents, config.data)
+    return data
 
 
 def test_errors(surrogate: Surrogate, data: Problem) -> np.ndarray:
     """rel-L2 of every test sample."""
     errors = []
     for split in buckets_of(data.test):
-        prediction = surrogate(surrogate.x_normalizer.decode(split.x), split.mask)
-        errors.append(rel_l2(prediction, split.y, split.mask))
+        prediction = surrogate(data.x_normalizer.decode(split.x), split.mask)
+        errors.append(rel_l2_on_host(prediction, split.y, split.mask))
     return np.concatenate(errors)
 
 
@@ -158,6 +187,6 @@ def one_sample(surrogate: Surrogate, data: Problem, row: int) -> tuple[np.ndarra
     starts = np.cumsum([0, *(len(split.x) for split in buckets_of(data.test))])
     bucket = int(np.searchsorted(starts, row, side="right")) - 1
     split = take_samples(buckets_of(data.test)[bucket], np.array([row - starts[bucket]]))
-    x = np.asarray(surrogate.x_normalizer.decode(split.x))
+    x = np.asarray(data.x_normalizer.decode(split.x))
     real = slice(None) if split.mask is None else split.mask[0]
     return x[0][real], surrogate(x, split.mask)[0][real], split.y[0][real]

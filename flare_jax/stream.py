@@ -6,8 +6,8 @@ takes two passes over the chunks of x [N, C], which stays on the host in between
     z, lse = merge of encode(x_chunk)      over all chunks
     x_chunk = decode(x_chunk, z)           for each chunk
 
-The device holds one chunk of a block's activations and one block's z, whatever N is. The result
-is that of the whole mesh at once, to rounding.
+The device holds a chunk or two of a block's activations and one block's z, whatever N is. The
+result is that of the whole mesh at once, to rounding.
 """
 
 import functools
@@ -22,6 +22,8 @@ from jaxtyping import Bool, Float
 from flare_jax.models.flare import FLAREBlock, FLAREConfig, FLAREModel
 from flare_jax.models.functional import Params, functional
 from flare_jax.ops.reference import merge_parts
+
+AHEAD = 2  # chunks that are sent while others are encoded
 
 
 def make_streamed(
@@ -73,8 +75,10 @@ def make_streamed(
         fill(hidden, lambda i: first(params["in_proj"], cut(x, i), cut(mask, i)))
         for own in _blocks(params, config):
             z = jnp.zeros((1, m, h, c // h)), jnp.full((1, m, h), -jnp.inf)
-            for i in starts:
+            for number, i in enumerate(starts, 1):
                 z = gather(own, cut(hidden, i), cut(mask, i), *z)
+                if number % AHEAD == 0:  # else all chunks are sent before the first is done
+                    jax.block_until_ready(z)
             fill(hidden, lambda i, own=own, z=z: decode(own, cut(hidden, i), z[0], cut(mask, i)))
         fields = np.empty((1, n, out_dim), np.float32)
         return fill(fields, lambda i: out_proj(params["out_proj"], cut(hidden, i)))

@@ -1,6 +1,7 @@
 """The commands, as a user types them."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ def test_train_leaves_a_complete_run(run):
 def test_evaluate_prints_the_error_of_the_result(run, capsys):
     assert main(["evaluate", str(run)]) == 0
     error = json.loads((run / "result.json").read_text())["test_rel_l2"]
-    assert f"{error:.5f}"[:6] in capsys.readouterr().out
+    found = re.search(r"test rel-L2 \(best\): ([\d.]+)", capsys.readouterr().out)
+    assert float(found[1]) == pytest.approx(error, abs=1.1e-5)  # printed to five places
 
 
 def test_evaluate_takes_the_samples_of_a_named_cache(run, home, capsys):
@@ -115,10 +117,14 @@ def test_help_before_a_problem_lists_them(command, capsys):
     assert stopped.value.code == 0 and "elasticity" in capsys.readouterr().out
 
 
-def test_a_second_run_gets_a_folder_of_its_own(run, home):
+def test_a_second_run_gets_a_folder_of_its_own(run, home, capsys):
     assert main(["train", "darcy", *TINY.split(), "--precision", "bfloat16", "--seeds", "2"]) == 0
     result = json.loads((home / "runs" / "darcy-small-2" / "result.json").read_text())
     assert len(result["rel_l2"]["last"]["seeds"]) == 2
+    assert main(["evaluate", "runs/darcy-small-2"]) == 0
+    found = re.search(r"rel-L2 \(best, seed ([01]) alone of 2\)", capsys.readouterr().out)
+    best = int(np.argmin(result["valid_rel_l2"]))
+    assert int(found[1]) == best
 
 
 def test_generate_and_info_run(capsys):
@@ -158,6 +164,18 @@ def test_bad_commands_fail_at_once_and_say_why(command, status, message, capsys)
         code = error.code
     assert code == status
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        ("p.txt", "predictions of darcy are written as .npz, got p.txt"),
+        ("none/p.npz", "there is no folder none to write p.npz into"),
+    ],
+)
+def test_predict_refuses_what_it_cannot_write(run, out, message, capsys):
+    assert main(["predict", str(run), "none.npz", "--out", out]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_predict_names_a_missing_file(run, capsys):

@@ -9,6 +9,7 @@ import pytest
 from conftest import relative
 from flax import nnx
 
+from flare_jax import predict, stream
 from flare_jax.models import FLAREConfig, FLAREModel, functional
 from flare_jax.predict import Surrogate
 from flare_jax.problems.problem import Normalizer
@@ -61,16 +62,26 @@ def test_the_device_holds_one_chunk(monkeypatch):
 
     def watch(a, *args, **kwargs):
         if isinstance(a, jax.Array):
-            seen.append(max(x.size for x in jax.live_arrays() if id(x) not in others))
+            seen.append(sum(x.size for x in jax.live_arrays() if id(x) not in others))
         return asarray(a, *args, **kwargs)
 
     monkeypatch.setattr(np, "asarray", watch)
     x = np.zeros((1, 4000, 3), np.float32)
     make_streamed(CONFIG, 3, 2, 100)(params, x)
-    assert len(seen) >= 40 * 4 and max(seen) <= 100 * 16
+    z = 8 * (16 + 2)  # and its lse
+    assert len(seen) >= 40 * 4 and max(seen) <= 100 * 16 + z
 
 
-def test_a_surrogate_streams_what_is_larger_than_a_chunk_and_says_so(caplog):
+def test_few_chunks_are_sent_ahead(monkeypatch):
+    _, params = model(CONFIG)
+    wait, waits = jax.block_until_ready, []
+    monkeypatch.setattr(jax, "block_until_ready", lambda z: waits.append(wait(z)))
+    x = np.zeros((1, 4000, 3), np.float32)
+    make_streamed(CONFIG, 3, 2, 100)(params, x)
+    assert len(waits) == CONFIG.num_blocks * 40 // stream.AHEAD
+
+
+def test_a_surrogate_streams_what_is_larger_than_a_chunk_and_says_so(caplog, monkeypatch):
     apply, params = model(CONFIG)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 50, 3)).astype(np.float32)
@@ -83,10 +94,8 @@ def test_a_surrogate_streams_what_is_larger_than_a_chunk_and_says_so(caplog):
     found = surrogate(x, mask, chunk=20)
     assert "50 points: streamed, 20 at a time" in caplog.text
     assert relative(found[mask], want[mask]) < 2e-6
+    with monkeypatch.context() as patch:  # the programs are there
+        patch.setattr(predict, "make_streamed", None)
+        np.testing.assert_array_equal(surrogate(x, mask, chunk=20), found)
     with pytest.raises(ValueError, match="chunk must be at least 1 point, got 0"):
         surrogate(x, chunk=0)
-
-
-def test_a_chunk_has_points():
-    with pytest.raises(ValueError, match="chunk must be at least 1 point, got 0"):
-        make_streamed(CONFIG, 3, 2, 0)

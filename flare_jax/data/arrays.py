@@ -1,5 +1,6 @@
 """Arrays from files, by key: NumPy archives and MATLAB files of version 5 and version 7.3."""
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def array_shape(path: Path | str, key: str) -> tuple[int, ...]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    shapes = _guarded(path, lambda: _reader(path).shapes(path))
+    shapes = _guarded(path, lambda: _reader(path).shapes(path, key))
     if key not in shapes:
         raise DataFileError(f"{path} has no array {key!r}, it has {', '.join(sorted(shapes))}")
     return shapes[key]
@@ -74,12 +75,17 @@ def _reader(path):
 
 
 class _Npz:
-    """NumPy archives."""
+    """NumPy archives. `shapes` of all readers are of each array, here None but for `key`."""
 
     @staticmethod
-    def shapes(path):
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {key: file[key].shape for key in file.files}
+    def shapes(path, key):
+        with zipfile.ZipFile(path) as file:
+            names = [n.removesuffix(".npy") for n in file.namelist() if n.endswith(".npy")]
+            shapes = dict.fromkeys(names)
+            if key in shapes:
+                with file.open(f"{key}.npy") as entry:  # unpacked no further than its header
+                    shapes[key] = _npy_shape(entry)
+            return shapes
 
     @staticmethod
     def read(path, key, index):
@@ -87,11 +93,16 @@ class _Npz:
             return file[key][index]
 
 
+def _npy_shape(file):
+    one, two = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+    return (one if np.lib.format.read_magic(file) == (1, 0) else two)(file)[0]
+
+
 class _Mat5:
     """MATLAB files up to version 7."""
 
     @staticmethod
-    def shapes(path):
+    def shapes(path, key):
         return {name: shape for name, shape, _ in scipy.io.whosmat(path)}
 
     @staticmethod
@@ -103,7 +114,7 @@ class _Hdf5:
     """MATLAB files of version 7.3, axes reversed."""
 
     @staticmethod
-    def shapes(path):
+    def shapes(path, key):
         with h5py.File(path, "r") as file:
             return {k: v.shape[::-1] for k, v in file.items() if isinstance(v, h5py.Dataset)}
 

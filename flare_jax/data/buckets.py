@@ -88,9 +88,10 @@ def bucketed_splits(
 
 def padded(meshes: Sequence[Sample], size: int) -> Split:
     """Arrays [n, size, ...] of meshes of at most `size` points."""
-    pad = lambda a: np.pad(np.asarray(a, np.float32), ((0, size - len(a)), (0, 0)))
     mask = np.arange(size) < np.array([[len(x)] for x, _ in meshes])
-    x, y = (np.stack([pad(sample[i]) for sample in meshes]) for i in (0, 1))
+    x, y = (np.zeros((*mask.shape, a.shape[1]), np.float32) for a in meshes[0])
+    for i, (a, b) in enumerate(meshes):
+        x[i, : len(a)], y[i, : len(b)] = a, b
     return Split(x, y, mask)
 
 

@@ -15,12 +15,13 @@ Nothing is ever unpickled: an entry of an .npz that would need it is skipped, or
 needed. Paths in an index stay in its folder.
 """
 
+import contextlib
 import json
 import logging
 import os
 import tempfile
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".npz", ".vtu", ".vtk", ".ply")
 POINTS = ("pos", "points")  # names of the points in an .npz
 OTHERS = ("elems", "edge_index", "_metadata")  # what is no field of an .npz
+WRITTEN = (".npz", ".vtu", ".vtk")  # suffixes of files that are written
+UNWRITTEN = (*POINTS, *OTHERS, "file", "allow_pickle")  # no names of fields in them: savez's too
 INDEX = ("case_id", "file", "num_nodes", "num_edges", "metadata")  # columns of the published index
 PUBLISHED = "vedantpuri/LPBF_FLARE"
 
@@ -76,6 +79,8 @@ def read_mesh(path: Path | str, fields: Collection[str] | None = None) -> MeshFi
         raise DataFileError(f"{path}: expected one of {', '.join(SUFFIXES)}, got {path.suffix!r}")
     read = _read_npz if path.suffix == ".npz" else _read_meshio
     points, found, cells = read(path, fields)
+    if points.dtype.kind not in "biuf":
+        raise DataFileError(f"{path}: points must be real numbers, they are {points.dtype}")
     if points.ndim != 2 or points.shape[1] not in (2, 3) or len(points) == 0:
         raise DataFileError(f"{path}: points must be [n, 2] or [n, 3], got {list(points.shape)}")
     wanted = found if fields is None else {name: found[name] for name in fields}
@@ -97,7 +102,7 @@ def _check_names(path, fields, names):
     """Raises DataFileError, with what there is, unless all `fields` are among the names."""
     missing = sorted(set(fields or ()) - set(names))
     if missing:
-        there = ", ".join(sorted(set(names) - {*POINTS, *OTHERS})) or "none"
+        there = ", ".join(sorted(names)) or "none"
         raise DataFileError(f"{path} has no field {', '.join(missing)}, it has {there}")
 
 
@@ -125,7 +130,7 @@ def _read_npz(path, fields):
         raise DataFileError(
             f"{path} has no array {' or '.join(POINTS)}, it has {', '.join(sorted(names))}"
         )
-    _check_names(path, fields, names)
+    _check_names(path, fields, names - {*POINTS, *OTHERS})
     elems = arrays.get("elems")
     cells = [] if elems is None or elems.ndim != 2 else [(_kind(elems.shape[1]), elems)]
     own = {name: a for name, a in arrays.items() if name not in (*POINTS, *OTHERS)}
@@ -135,9 +140,17 @@ def _read_npz(path, fields):
 
 
 def _entry(path, file, name, needed):
-    """{name: array}, or nothing where it would have to be unpickled and is not needed."""
+    """{name: array}, or nothing where it is not needed and is none, or would be unpickled."""
     try:
-        return {name: file[name]}
+        array = file[name]
+        if isinstance(array, np.ndarray):
+            return {name: array}
+        if needed:
+            raise DataFileError(f"{path}: {name!r} is no array")
+        log.warning("%s: entry %r is no array: skipped", path, name)
+        return {}
+    except DataFileError:  # a ValueError too
+        raise
     except ValueError as error:
         if "pickle" not in str(error):
             raise
@@ -169,21 +182,37 @@ def _read_meshio(path, fields):
 def write_mesh(path: Path | str, mesh: MeshFile) -> None:
     """Writes points, cells and fields: .npz as it is read here, .vtu or .vtk for viewers.
 
+    An .npz holds cells of one kind, of those that it is read with: others are left out.
+
     Raises:
         DataFileError: the path has another suffix, or meshio is not installed.
     """
     path = Path(path)
+    check_written(path)
     fields = {name: a[:, 0] if a.shape[1] == 1 else a for name, a in mesh.fields.items()}
     if path.suffix == ".npz":
-        np.savez_compressed(path, pos=mesh.points, **fields)
+        np.savez_compressed(path, pos=mesh.points, **_elems(mesh.cells), **fields)
         return
-    if path.suffix not in (".vtu", ".vtk"):
-        raise DataFileError(f"predictions are written as .npz, .vtu or .vtk, got {path}")
     meshio = optional("meshio")
     solid = lambda a: np.pad(a, ((0, 0), (0, 1))) if a.ndim == 2 and a.shape[1] == 2 else a
     vertices = [("vertex", np.arange(len(mesh.points))[:, None])]
     data = {name: solid(a) for name, a in fields.items()}
     meshio.Mesh(solid(mesh.points), mesh.cells or vertices, point_data=data).write(path)
+
+
+def _elems(cells):
+    """The cells as an array of an .npz, where reading it gives them again."""
+    if len(cells) != 1 or cells[0][0] != _kind(cells[0][1].shape[1]):
+        return {}
+    return {"elems": cells[0][1]}
+
+
+def check_written(path: Path) -> None:
+    """Raises what `write_mesh` does of a path that it cannot write, before there is a mesh."""
+    if path.suffix not in WRITTEN:
+        raise DataFileError(f"predictions are written as .npz, .vtu or .vtk, got {path}")
+    if path.suffix != ".npz":
+        optional("meshio")
 
 
 # ------------------------------------------------------------------- folders of meshes ---
@@ -250,8 +279,10 @@ def _indexed(folder, tables):
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder / name`; raises DataFileError for a name that climbs out of the folder."""
+    """`folder / name`; raises DataFileError for no name, or one that climbs out of the folder."""
     path = PurePosixPath(str(name).replace("\\", "/"))
+    if not path.parts:
+        raise DataFileError(f"the index in {folder} names {name!r}, which is no file")
     if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
         raise DataFileError(f"the index in {folder} names {name!r}, outside of the folder: refused")
     return folder / path
@@ -267,22 +298,32 @@ def write_part(path: Path, part, **facts) -> None:
     metadata = json.dumps({"metadata": {"case_id": part.name, **facts}})
     names = ("pos", "elems", "edge_index", "disp", "vmstr")
     arrays = {name: getattr(part, name) for name in names} | {"_metadata": np.array([metadata])}
-    handle, temporary = tempfile.mkstemp(suffix=".partial", dir=path.parent)
+    with (
+        replacing(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
+    ):
+        for name, array in arrays.items():
+            with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its place at the end, or is gone on an error."""
+    handle, name = tempfile.mkstemp(suffix=".partial", dir=path.parent)
+    os.close(handle)
     try:
-        with (
-            os.fdopen(handle, "wb") as raw,
-            zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
-        ):
-            for name, array in arrays.items():
-                with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                    np.lib.format.write_array(entry, array, allow_pickle=False)
-        os.replace(temporary, path)
+        yield Path(name)
+        os.replace(name, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
 
 
 def write_index(folder: Path | str, splits: Mapping[str, Sequence[Path]]) -> None:
-    """Writes the published index of files that `write_part` wrote; needs pyarrow."""
+    """Writes the published index of files that `write_part` wrote; needs pyarrow.
+
+    Each of its tables is written whole or not at all.
+    """
     arrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
     folder = Path(folder)
     (folder / "data").mkdir(exist_ok=True)
@@ -295,9 +336,11 @@ def write_index(folder: Path | str, splits: Mapping[str, Sequence[Path]]) -> Non
             name = path.relative_to(folder).as_posix()
             rows.append((about["case_id"], name, *sizes, json.dumps(about)))
         table = arrow.table(dict(zip(INDEX, map(list, zip(*rows, strict=True)), strict=True)))
-        parquet.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
+        path = folder / "data" / f"{split}-00000-of-00001.parquet"
+        with replacing(path) as temporary:
+            parquet.write_table(table, temporary)
 
 
-def download(repository: str = PUBLISHED) -> Path:
-    """The folder of a published set, downloaded by huggingface_hub into its cache."""
-    return Path(optional("huggingface_hub").snapshot_download(repository, repo_type="dataset"))
+def download() -> Path:
+    """The folder of the published set, downloaded by huggingface_hub into its cache."""
+    return Path(optional("huggingface_hub").snapshot_download(PUBLISHED, repo_type="dataset"))

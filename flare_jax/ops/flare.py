@@ -89,8 +89,8 @@ def flare_encode(
         z, in the dtype of v, and the log-sum-exp of the scores over real tokens in at least
         float32. Both are differentiable, so parts of the tokens can be encoded apart and merged:
         lse = logaddexp(lse_1, lse_2), z = exp(lse_1 - lse) z_1 + exp(lse_2 - lse) z_2.
-        Without a real token z is 0 and lse is -inf: where that may be so of all parts, put 0 for
-        lse in the weights.
+        Without a real token z is 0 and lse is -inf: where that may be so of all parts, merge
+        maximum(lse_r, -1e30).
     """
     check(q, k, mask, scale, v=v)
     z, lse = _encode(pick(implementation, q, k, v, mask), float(scale), q, k, v, mask)

@@ -40,6 +40,7 @@ FILES = (  # (training file, test file) of a data folder
 )
 KEYS = {".mat": ("coeff", "sol"), ".npz": ("coefficient", "solution")}
 INPUTS, TARGETS = ("x", "y", "a"), ("u",)  # columns of model inputs and outputs
+WEIGHT = 0.1  # of each derivative in the training loss
 FIRST_INDEX = {"train": 0, "valid": 1_000_000, "test": 2_000_000}  # of generated samples
 
 
@@ -122,6 +123,7 @@ def load(config: DarcyConfig, progress: bool = True) -> Problem:
         inputs=INPUTS,
         targets=TARGETS,
         shape=shape,
+        generated=config.data is None,
     )
 
 
@@ -152,9 +154,8 @@ def derivative_loss(
     mask: Bool[AnyArray, "B N"] | None = None,
     *,
     shape: tuple[int, int],
-    weight: float = 0.1,
 ) -> Float[Array, "B"]:
-    """Training loss: rel-L2 of u, plus `weight` times the rel-L2 of du/dx and of du/dy.
+    """Training loss: rel-L2 of u, plus WEIGHT times the rel-L2 of du/dx and of du/dy.
 
     Derivatives are central differences on the grid `shape` (N = rows x columns) with zeros outside
     it; the spacing cancels. The metric that is reported is `rel_l2` alone.
@@ -162,7 +163,7 @@ def derivative_loss(
     loss = rel_l2(prediction, target, mask)
     for axis in (1, 2):
         difference = functools.partial(_central_difference, shape=shape, axis=axis)
-        loss += weight * rel_l2(difference(prediction), difference(target), mask)
+        loss += WEIGHT * rel_l2(difference(prediction), difference(target), mask)
     return loss
 
 

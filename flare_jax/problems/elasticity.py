@@ -120,6 +120,7 @@ def load(config: ElasticityConfig, progress: bool = True) -> Problem:
         loss=rel_l2,
         inputs=INPUTS,
         targets=TARGETS,
+        generated=config.data is None,
     )
 
 

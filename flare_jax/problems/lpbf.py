@@ -2,9 +2,9 @@
 
 The benchmark that the FLARE paper made (arXiv 2508.12594; data set `vedantpuri/LPBF_FLARE`): parts
 of Ti-6Al-4V of up to 60 mm, each on a mesh of its own of 736 to 47,542 nodes. Inputs of a node are
-its position (x, y, z) in mm over (30, 30, 60), or over half of that for `small` parts; the target
-is its displacement along z in mm at the end of the build. All that a surrogate knows of a part is
-where its nodes are.
+its position (x, y, z) in mm over (30, 30, 60), or over a third of that for generated `small` parts;
+the target is its displacement along z in mm at the end of the build. All that a surrogate knows of
+a part is where its nodes are.
 
 Three sources:
 
@@ -64,7 +64,7 @@ class LPBFConfig:
 
     data: Path | None = None  # folder in the published layout; None generates parts
     published: bool = False  # download the published set (needs huggingface_hub)
-    size: Literal["paper", "small"] = "paper"  # of generated parts
+    size: Literal["paper", "small"] = "paper"  # of generated parts, nothing else
     num_train: int = 1050  # training parts
     num_valid: int = 50  # validation parts, cut from the training part of the data; may be 0
     num_test: int = 290  # test parts
@@ -126,7 +126,8 @@ def load(config: LPBFConfig, progress: bool = True) -> Problem:
     training parts. `progress` shows a bar while parts are generated.
     """
     files = split_files(config, progress)
-    scale = np.array(SCALE[config.size], np.float32)
+    generated = config.data is None and not config.published
+    scale = np.array(SCALE[config.size if generated else "paper"], np.float32)
     read = functools.partial(sample, scale=scale)
     with ThreadPoolExecutor() as pool:
         samples = {name: list(pool.map(read, paths)) for name, paths in files.items()}
@@ -143,6 +144,7 @@ def load(config: LPBFConfig, progress: bool = True) -> Problem:
         inputs=INPUTS,
         targets=TARGETS,
         metrics={"legacy": legacy},
+        generated=generated,
     )
 
 

@@ -13,6 +13,7 @@ shapes keep their proportions.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +22,10 @@ import numpy as np
 from jaxtyping import Float
 
 from flare_jax.data.arrays import DataFileError
-from flare_jax.data.buckets import bucketed_splits
-from flare_jax.data.meshes import MeshFile, mesh_files, read_mesh
+from flare_jax.data.buckets import Sample, bucketed_splits
+from flare_jax.data.meshes import UNWRITTEN, MeshFile, mesh_files, read_mesh
 from flare_jax.problems.metrics import rel_l2
-from flare_jax.problems.problem import Normalizer, Problem
+from flare_jax.problems.problem import Normalizer, Problem, moments
 
 AXES = ("x", "y", "z")
 
@@ -85,7 +86,8 @@ def load(config: MeshConfig, progress: bool = True) -> Problem:
         FileNotFoundError: there is no such folder, or no mesh in it.
         DataFileError: a file is damaged, lacks a field, or differs from the first in the widths of
             fields or the dimension of space.
-        ValueError: no data or no targets are given, or there are too few meshes.
+        ValueError: no data or no targets are given, a target's name is none that can be written,
+            or there are too few meshes.
     """
     if config.data is None:
         raise ValueError("data must be a folder of meshes: name it with --data FOLDER")
@@ -93,17 +95,20 @@ def load(config: MeshConfig, progress: bool = True) -> Problem:
     if not config.targets:
         found = ", ".join(read_mesh(files[0]).fields) or "none"
         raise ValueError(f"targets must name the fields to learn; {files[0]} has {found}")
+    unwritten = sorted(set(config.targets) & set(UNWRITTEN))
+    if unwritten:
+        raise ValueError(f"a file of predictions cannot hold fields named {', '.join(unwritten)}")
     rows = split_rows(len(files), config)
-    wanted = (*config.inputs, *config.targets)
     with ThreadPoolExecutor() as pool:
-        meshes = list(pool.map(lambda path: read_mesh(path, wanted), files))
-    widths = same_widths(files, meshes)
+        found, xy = zip(*pool.map(functools.partial(sample, config=config), files), strict=True)
+    widths = same_widths(files, found)
     inputs, targets = column_names(config, widths)
-    xy = [(model_inputs(m, config), joined(m, config.targets)) for m in meshes]
-    samples = {name: [xy[i] for i in part] for name, part in rows.items()}
-    x, y = (np.concatenate([pair[i] for pair in samples["train"]])[None] for i in (0, 1))
-    x_normalizer = one_scale(Normalizer.fit(x), x[..., : widths["points"]])
-    samples = {name: [(x_normalizer.encode(x), y) for x, y in s] for name, s in samples.items()}
+    x, y = ([xy[row][i] for row in rows["train"]] for i in (0, 1))
+    x_normalizer, y_normalizer = Normalizer.fit_parts(x), Normalizer.fit_parts(y)
+    x_normalizer = one_scale(x_normalizer, [a[:, : widths["points"]] for a in x])
+    for a, _ in xy:
+        a[:] = x_normalizer.encode(a)  # in place: meshes may fill much of the memory
+    samples = {name: [xy[row] for row in part] for name, part in rows.items()}
     split = bucketed_splits(samples, config.num_buckets)
     return Problem(
         name="mesh",
@@ -111,7 +116,7 @@ def load(config: MeshConfig, progress: bool = True) -> Problem:
         valid=split.get("valid"),
         test=split["test"],
         x_normalizer=x_normalizer,
-        y_normalizer=Normalizer.fit(y),
+        y_normalizer=y_normalizer,
         loss=rel_l2,
         inputs=inputs,
         targets=targets,
@@ -135,12 +140,18 @@ def split_rows(count: int, config: MeshConfig) -> dict[str, list[int]]:
     }
 
 
-def same_widths(files: Sequence[Path], meshes: Sequence[MeshFile]) -> dict[str, int]:
+def sample(path: Path, config: MeshConfig) -> tuple[dict[str, int], Sample]:
+    """Columns of the points and of each field of the mesh in a file, and its (x, y), raw."""
+    mesh = read_mesh(path, (*config.inputs, *config.targets))
+    widths = {"points": mesh.points.shape[1]} | {n: a.shape[1] for n, a in mesh.fields.items()}
+    return widths, (model_inputs(mesh, config), joined(mesh, config.targets))
+
+
+def same_widths(files: Sequence[Path], widths: Sequence[dict[str, int]]) -> dict[str, int]:
     """Columns of the points and of each field, the same in all meshes."""
-    width = lambda m: {"points": m.points.shape[1]} | {n: a.shape[1] for n, a in m.fields.items()}
-    first = width(meshes[0])
-    for path, mesh in zip(files, meshes, strict=True):
-        for name, found in width(mesh).items():
+    first = widths[0]
+    for path, of_mesh in zip(files, widths, strict=True):
+        for name, found in of_mesh.items():
             if found != first[name]:
                 raise DataFileError(
                     f"{path}: {name} has {found} columns, in {files[0]} it has {first[name]}"
@@ -148,11 +159,11 @@ def same_widths(files: Sequence[Path], meshes: Sequence[MeshFile]) -> dict[str, 
     return first
 
 
-def one_scale(normalizer: Normalizer, positions: Float[np.ndarray, "1 n S"]) -> Normalizer:
+def one_scale(normalizer: Normalizer, positions: Sequence[Float[np.ndarray, "n S"]]) -> Normalizer:
     """The normaliser, with the largest deviation of the positions as the scale of them all."""
     std = normalizer.std.copy()
-    largest = np.std(positions, axis=(0, 1), dtype=np.float64).max()
-    std[: positions.shape[2]] = largest if largest > 0 else 1
+    largest = moments(positions)[1].max()
+    std[: positions[0].shape[1]] = largest if largest > 0 else 1
     return Normalizer(normalizer.mean, std)
 
 
@@ -196,12 +207,21 @@ def fields_of(
     values: Float[np.ndarray, "n O"], targets: Sequence[str], names: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "n k"]]:
     """Columns named `targets` put together into the fields `names`."""
-    fields, start = {}, 0
-    for name in names:
-        width = next(
-            w
-            for w in range(len(targets), 0, -1)
-            if list(targets[start : start + w]) == columns(name, w)
-        )
-        fields[name], start = values[:, start : start + width], start + width
-    return fields
+    widths = _widths(list(targets), names)
+    ends = np.cumsum(widths)
+    return {n: values[:, e - w : e] for n, w, e in zip(names, widths, ends, strict=True)}
+
+
+def _widths(targets: list[str], names: Sequence[str]) -> list[int] | None:
+    """Columns of each field, so that those of all are `targets`; None where there is no such way.
+
+    A first field may match more columns than it has: u and u_z have u_x, u_y and u_z.
+    """
+    if not names:
+        return None if targets else []
+    for width in range(len(targets), 0, -1):
+        if targets[:width] == columns(names[0], width):
+            rest = _widths(targets[width:], names[1:])
+            if rest is not None:
+                return [width, *rest]
+    return None

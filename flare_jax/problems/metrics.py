@@ -44,6 +44,21 @@ def rel_l2(
     return _norm(prediction - target, axis_name) / jnp.where(scale > 0, scale, 1)
 
 
+def rel_l2_on_host(
+    prediction: Float[np.ndarray, "B N O"],
+    target: Float[np.ndarray, "B N O"],
+    mask: Bool[np.ndarray, "B N"] | None = None,
+) -> Float[np.ndarray, "B"]:
+    """`rel_l2` of NumPy arrays, a sample at a time and without the device: for whole splits."""
+    errors = []
+    for i, (p, y) in enumerate(zip(prediction, target, strict=True)):
+        real = slice(None) if mask is None else mask[i]
+        p, y = p[real], y[real]
+        scale = np.linalg.norm(y)
+        errors.append(np.linalg.norm(p - y) / (scale if scale > 0 else 1))
+    return np.array(errors, np.float32)
+
+
 def _norm(x: Float[AnyArray, "B N O"], axis_name: str | None) -> Float[Array, "B"]:
     """L2 norm of each sample; its gradient at zero is zero rather than NaN."""
     square = jnp.sum(x * x, axis=(1, 2))

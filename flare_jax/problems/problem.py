@@ -1,13 +1,16 @@
 """What every surrogate problem states: its samples, their normalisation, loss and field names."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from flare_jax.problems.metrics import AnyArray, rel_l2
+from flare_jax.problems.metrics import AnyArray, rel_l2_on_host
 
 
 class Normalizer(NamedTuple):
@@ -48,10 +51,29 @@ class Normalizer(NamedTuple):
             raise ValueError("cannot normalise: the mask holds no real point")
         mean = np.mean(x, axis=(0, 1), dtype=np.float64, where=where)
         std = np.std(x, axis=(0, 1), dtype=np.float64, where=where)
+        return cls._of(mean, std, raw)
+
+    @classmethod
+    def fit_parts(cls, parts: Sequence[Float[np.ndarray, "n F"]]) -> "Normalizer":
+        """`fit` over the points of meshes of any sizes, which are not put together."""
+        return cls._of(*moments(parts))
+
+    @classmethod
+    def _of(cls, mean, std, raw=()):
         std = np.where(std <= np.finfo(np.float32).eps * np.abs(mean), 1.0, std)
         raw = list(raw)
         mean[raw], std[raw] = 0.0, 1.0
         return cls(mean.astype(np.float32), std.astype(np.float32))
+
+
+def moments(
+    parts: Sequence[Float[np.ndarray, "n F"]],
+) -> tuple[Float[np.ndarray, "F"], Float[np.ndarray, "F"]]:
+    """Mean and standard deviation of each column over the rows of all parts, in float64."""
+    count = sum(map(len, parts))
+    mean = sum(x.sum(0, dtype=np.float64) for x in parts) / count
+    square = sum(np.square(x - mean).sum(0) for x in parts)
+    return mean, np.sqrt(square / count)
 
 
 class Split(NamedTuple):
@@ -61,6 +83,8 @@ class Split(NamedTuple):
     y: Float[AnyArray, "n N O"]  # targets in physical units
     mask: Bool[AnyArray, "n N"] | None = None  # True = a real point; None when every point is real
 
+
+DIGEST_POINTS = 64  # about as many of a sample go into a digest
 
 Samples = Split | tuple[Split, ...]  # of one size; or meshes of many, padded: one Split a bucket
 
@@ -97,6 +121,7 @@ class Problem:
     shape: tuple[int, ...] | None = None  # grid shape for plots, such as (85, 85)
     # further errors that a result reports beside rel_l2, by name; like `loss`
     metrics: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+    generated: bool = False  # samples come from a solver: made elsewhere, the same to rounding only
 
     def __post_init__(self):
         for name in ("train", "valid", "test"):
@@ -119,6 +144,34 @@ class Problem:
             _check_normalizer(f"{self.name}: {name}", normalizer, len(fields))
 
     @property
+    def contents(self) -> dict[str, dict]:
+        """{split: samples, their points, and a digest of them}, which a run keeps as JSON.
+
+        The digest is that of targets at some points of every sample, in any order of the samples.
+        Generated samples have none: their configuration says which they are.
+        """
+        splits = {name: getattr(self, name) for name in ("train", "valid", "test")}
+        return {name: _contents(s, not self.generated) for name, s in splits.items() if s}
+
+    def check_contents(self, saved: Mapping[str, dict] | None, data: Path | None) -> None:
+        """Raises ValueError, with what differs, where a run has `saved` other contents.
+
+        Args:
+            saved: what `contents` was when the run began; None of runs that did not keep it.
+            data: the folder of the samples, for the message.
+        """
+        now, lines = self.contents, []
+        for name in () if saved is None else ("train", "valid", "test"):
+            if saved.get(name) != now.get(name):
+                lines.append(f"{name}: {_told(saved.get(name))} -> {_told(now.get(name))}")
+        if lines:
+            where = "generated" if data is None else f"in {data}"
+            raise ValueError(
+                f"the samples {where} are not those that the run was trained on, or are split "
+                "otherwise (run -> now):\n  " + "\n  ".join(lines)
+            )
+
+    @property
     def mean_error(self) -> float:
         """Mean test rel-L2 of the trivial baseline: predicting the training mean for every sample.
 
@@ -129,8 +182,34 @@ class Problem:
         sizes = {s.y.shape[1] for s in (*train, *tests)}
         if train[0].mask is None and len(sizes) == 1:
             mean = np.mean(train[0].y, axis=0, dtype=np.float64).astype(np.float32)  # [N, O]
-        errors = [rel_l2(np.broadcast_to(mean, s.y.shape), s.y, s.mask) for s in tests]
+        errors = [rel_l2_on_host(np.broadcast_to(mean, s.y.shape), s.y, s.mask) for s in tests]
         return float(np.mean(np.concatenate(errors)))
+
+
+def saved_contents(folder: Path) -> dict[str, dict] | None:
+    """The contents that the run in a folder keeps; None where it keeps none."""
+    path = Path(folder) / "config.json"
+    values = json.loads(path.read_text()) if path.exists() else {}
+    return values.get("fields", {}).get("samples")
+
+
+def _contents(samples: Samples, digest: bool) -> dict:
+    digests, points = [], 0
+    for split in buckets_of(samples):
+        real = np.ones(split.y.shape[:2], bool) if split.mask is None else split.mask
+        for y, mask in zip(split.y, real, strict=True):
+            count = int(mask.sum())
+            points += count
+            some = y[mask][:: max(1, count // DIGEST_POINTS)] if digest else y[:0]
+            digests.append(hashlib.sha256(f"{count}".encode() + some.tobytes()).digest())
+    found = {"samples": len(digests), "points": points}
+    if digest:  # sorted: buckets order samples by what else is in the folder
+        found["digest"] = hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
+    return found
+
+
+def _told(contents: Mapping | None) -> str:
+    return "none" if contents is None else ", ".join(f"{v} {k}" for k, v in contents.items())
 
 
 def _check_split(name: str, split: Split, num_inputs: int, num_targets: int) -> None:

@@ -7,7 +7,6 @@ leaves the one before. It writes while training goes on: 1,589 arrays for eight 
 """
 
 import contextlib
-import logging
 from pathlib import Path
 
 import jax
@@ -15,8 +14,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flare_jax.train.config import differences
-
-log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):

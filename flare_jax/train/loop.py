@@ -30,7 +30,7 @@ from flare_jax import parallel
 from flare_jax.data.buckets import waste
 from flare_jax.models.flare import FLAREModel
 from flare_jax.models.functional import Params, functional, num_parameters
-from flare_jax.problems.problem import Normalizer, Problem, buckets_of, count_of
+from flare_jax.problems.problem import Normalizer, Problem, buckets_of, count_of, saved_contents
 from flare_jax.train.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -220,6 +220,7 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
     if mesh is not None:
         run = parallel.place(run, mesh, parallel.parameter_specs(run, mesh, fsdp))
     if resume:
+        problem.check_contents(saved_contents(folder), config.problem.data)
         run = checkpoints.restore(run, saved)
     done = int(run.state.step[0])
     if done == steps and (folder / RESULT).exists():
@@ -271,12 +272,15 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
 
 
 def fields(problem: Problem) -> dict:
-    """What a run's user must know of its data: names of the columns, size of the largest sample."""
+    """What a run's user must know of its data: names of the columns, size of the largest sample,
+    and what its splits hold.
+    """
     largest = max(
         split.x.shape[1] if split.mask is None else int(split.mask.sum(1).max())
         for split in buckets_of(problem.train)
     )
-    return {"inputs": problem.inputs, "targets": problem.targets, "points": largest}
+    names = {"inputs": problem.inputs, "targets": problem.targets}
+    return names | {"points": largest, "samples": problem.contents}
 
 
 def check_finite(values: dict, done: int, config: Config, checkpoints: Checkpoints) -> None:

@@ -37,6 +37,19 @@ def test_axes_come_in_matlab_order(tmp_path, save, name):
     assert np.array_equal(read_array(tmp_path / name, "coeff", ndim=3), COEFF)
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_shape_is_read_without_values(tmp_path, save):
+    rng = np.random.default_rng(0)
+    save(tmp_path / "a.npz", coeff=rng.normal(size=(9, 20, 20)), sol=rng.normal(size=(9, 20, 20)))
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    for place in (len(data) // 4, len(data) * 3 // 4):  # within the values of both
+        data[place : place + 100] = bytes(100)
+    (tmp_path / "a.npz").write_bytes(data)
+    assert array_shape(tmp_path / "a.npz", "coeff") == (9, 20, 20)
+    with pytest.raises(DataFileError, match="damaged"):
+        read_array(tmp_path / "a.npz", "coeff")
+
+
 @every_format
 def test_index_is_numpy_indexing(tmp_path, save, name):
     save(tmp_path / name, coeff=COEFF)

@@ -36,7 +36,9 @@ def test_other_parameters_are_another_file(tmp_path):
     assert generate.calls == 2
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", "empty", "other", "method", "encrypted"]
+)
 def test_damaged_file_is_made_again(tmp_path, damage, caplog):
     generate = Counter()
     cached(generate, "darcy", PARAMETERS, folder=tmp_path)
@@ -45,6 +47,9 @@ def test_damaged_file_is_made_again(tmp_path, damage, caplog):
     middle = len(data) // 2
     data[middle] ^= 0xFF
     good = {"truncated": data[:middle], "flipped": data, "empty": b"", "other": b"PK words"}
+    for name, place, value in (("method", 10, 99), ("encrypted", 8, 1)):  # of the first entry
+        good[name] = bytearray(path.read_bytes())
+        good[name][data.index(b"PK\x01\x02") + place] = value
     path.write_bytes(good[damage])
     with caplog.at_level(logging.WARNING):
         arrays = cached(generate, "darcy", PARAMETERS, folder=tmp_path)

@@ -1,4 +1,6 @@
 import json
+import zipfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +47,15 @@ def test_what_is_written_is_read(tmp_path, suffix):
     np.testing.assert_array_equal(mesh.points, POINTS)
     for name, values in fields.items():
         np.testing.assert_array_equal(mesh.fields[name], values)
-    assert suffix == ".npz" or mesh.cells[0][0] == "tetra"
+    ((kind, corners),) = mesh.cells
+    assert kind == "tetra" and corners.tolist() == [[0, 1, 2, 3]]
+
+
+def test_cells_that_an_npz_cannot_hold_are_left_out(tmp_path):
+    quads, triangles = ("quad", np.array([[0, 1, 2, 3]])), ("triangle", np.array([[0, 1, 2]]))
+    for cells in ([quads], [triangles, quads], []):
+        write_mesh(tmp_path / "a.npz", MeshFile(POINTS, {}, cells))
+        assert read_mesh(tmp_path / "a.npz").cells == []
 
 
 def test_flat_meshes_and_bare_points_are_written_for_viewers(tmp_path):
@@ -78,12 +88,30 @@ def bad(points=POINTS, **fields):
         ({"p": np.zeros(5)}, "has no array pos or points, it has p"),
         (bad(p=np.array([{}] * 5)), "'p' is pickled, which could run any code: refused"),
         ({"pos": np.array([{}] * 5)}, "'pos' is pickled"),
+        (bad(np.full((5, 3), "1"), p=np.zeros(5)), "points must be real numbers, they are <U1"),
     ],
 )
 def test_bad_meshes_say_what_is_wrong(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(DataFileError, match=message):
         read_mesh(tmp_path / "a.npz", ["p"])
+
+
+@pytest.mark.parametrize("name", ["pos", "elems", "edge_index"])
+def test_points_and_connectivity_are_no_fields(tmp_path, name):
+    np.savez(tmp_path / "a.npz", **bad(p=np.zeros(5), elems=np.zeros((1, 4), int)))
+    with pytest.raises(DataFileError, match=f"has no field {name}, it has p"):
+        read_mesh(tmp_path / "a.npz", [name])
+
+
+def test_entries_that_are_no_arrays_are_skipped_or_refused(tmp_path, caplog):
+    np.savez(tmp_path / "a.npz", **bad(p=np.zeros(5)))
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as file:
+        file.writestr("notes", "words")
+    assert list(read_mesh(tmp_path / "a.npz").fields) == ["p"]
+    assert "entry 'notes' is no array: skipped" in caplog.text
+    with pytest.raises(DataFileError, match="'notes' is no array"):
+        read_mesh(tmp_path / "a.npz", ["notes"])
 
 
 def test_bad_files_say_what_is_wrong(tmp_path):
@@ -157,6 +185,28 @@ def test_without_an_index_folders_or_a_permutation_are_the_split(tmp_path, monke
 def test_an_index_stays_in_its_folder(tmp_path, name):
     with pytest.raises(DataFileError, match="outside of the folder: refused"):
         meshes.inside(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["", "."])
+def test_an_index_names_files(tmp_path, name):
+    with pytest.raises(DataFileError, match="which is no file"):
+        meshes.inside(tmp_path, name)
+
+
+def test_an_index_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    paths = parts(tmp_path)
+    meshes.write_index(tmp_path, paths)
+
+    def full(table, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parquet, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        meshes.write_index(tmp_path, paths)
+    assert published_split(tmp_path, 1) == (paths["train"], paths["test"])
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_an_index_names_missing_files(tmp_path):

@@ -87,6 +87,15 @@ def test_inputs_are_scaled_positions_and_the_target_is_vertical(solver, tmp_path
     assert np.abs(problem.train[0].x[..., 2]).max() <= 0.5
 
 
+def test_the_size_is_that_of_generated_parts_only(solver, tmp_path):
+    made = LPBFConfig(cache=tmp_path, size="small", **SIZES)
+    problem = load(made, progress=False)
+    np.testing.assert_array_equal(problem.x_normalizer.std, (10, 10, 20))
+    folder = lpbf.generated_folder(made)
+    problem = load(LPBFConfig(data=folder, size="small", **SIZES), progress=False)
+    np.testing.assert_array_equal(problem.x_normalizer.std, (30, 30, 60))
+
+
 def test_legacy_is_the_published_metric():
     assert (round(lpbf.LEGACY_MEAN, 4), round(lpbf.LEGACY_STD, 4)) == (0.4510, 0.3421)
     rng = np.random.default_rng(0)

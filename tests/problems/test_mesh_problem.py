@@ -1,6 +1,10 @@
 """Your own meshes, from a folder of files to predictions in files."""
 
 import json
+import re
+import shutil
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +62,17 @@ def test_statistics_are_those_of_training_points_and_positions_share_a_scale(fol
     np.testing.assert_allclose(problem.y_normalizer.mean, split.y[split.mask].mean(0), rtol=1e-5)
 
 
+def test_reading_takes_little_more_than_the_padded_arrays(tmp_path):
+    folder = write(tmp_path / "large", sizes=(30_000,) * 8)
+    tracemalloc.start()
+    problem = load(config(folder, num_buckets=1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    splits = (problem.train, problem.valid, problem.test)
+    held = sum(a.nbytes for samples in splits for s in samples for a in s)
+    assert peak < 2.6 * held
+
+
 def test_columns_become_fields_again():
     values = np.arange(10.0).reshape(2, 5)
     fields = fields_of(values, ("p", "u_x", "u_y", "u_z", "q"), ("p", "u", "q"))
@@ -66,6 +81,11 @@ def test_columns_become_fields_again():
         "u": [1.0, 2.0, 3.0],
         "q": [4.0],
     }
+
+
+def test_a_field_may_have_the_name_of_another_one_s_component():
+    fields = fields_of(np.arange(3.0)[None], ("u_x", "u_y", "u_z"), ("u", "u_z"))
+    assert {name: a[0].tolist() for name, a in fields.items()} == {"u": [0.0, 1.0], "u_z": [2.0]}
 
 
 @pytest.mark.parametrize(
@@ -78,6 +98,7 @@ def test_columns_become_fields_again():
         ),
         ({"targets": ("t",)}, DataFileError, "m0.npz has no field t, it has"),
         ({"test_fraction": 0.6, "valid_fraction": 0.4}, ValueError, "leave none to train on"),
+        ({"targets": ("p", "file")}, ValueError, "cannot hold fields named file"),
         ({"data": None}, ValueError, "data must be a folder"),
         ({"data": Path("nowhere")}, FileNotFoundError, "nowhere holds no"),
         ({"inputs": ("p",)}, ValueError, "have the same name, p"),
@@ -113,17 +134,32 @@ def run(folder, tmp_path_factory):
     return out
 
 
-def test_a_run_keeps_what_its_user_must_know(run, capsys):
+def test_a_run_keeps_what_its_user_must_know(folder, run, capsys):
     fields = json.loads((run / "config.json").read_text())["fields"]
     assert fields == {
         "inputs": ["x", "y", "z", "a"],
         "targets": ["p", "u_x", "u_y", "u_z"],
         "points": 7,
+        "samples": json.loads(json.dumps(load(config(folder)).contents)),
     }
     assert (run / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert main(["evaluate", str(run)]) == 0
     error = json.loads((run / "result.json").read_text())["test_rel_l2"]
-    assert f"{error:.5f}"[:6] in capsys.readouterr().out
+    found = re.search(r"test rel-L2 \(best\): ([\d.]+)", capsys.readouterr().out)
+    assert float(found[1]) == pytest.approx(error, abs=1.1e-5)  # printed to five places
+
+
+def test_a_folder_with_another_mesh_is_refused(run, folder, tmp_path, capsys):
+    resume = f"train mesh --resume --out {run} --mesh data=1"
+    shutil.copy(folder / "m0.npz", folder / "m9.npz")
+    try:
+        for command in (f"evaluate {run}", f"spectrum {run} --out {tmp_path}", resume):
+            assert main(command.split()) == 1
+            said = capsys.readouterr().err
+            assert f"the samples in {folder} are not those that the run was trained on" in said
+            assert re.search(r"train: 4 samples, \d+ points, \w+ digest -> 5 samples", said)
+    finally:
+        (folder / "m9.npz").unlink()
 
 
 def test_a_mesh_far_larger_than_any_in_training_goes_in_parts(run, tmp_path, caplog):
@@ -134,6 +170,21 @@ def test_a_mesh_far_larger_than_any_in_training_goes_in_parts(run, tmp_path, cap
     assert np.abs(fields["u"] - 100).max() < 50  # physical units
     assert out.with_suffix(".png").exists()
     assert "40 points are far more than the 7" in caplog.text and "streamed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        ("p.txt", "written as .npz, .vtu or .vtk, got p.txt"),
+        ("p.vtu", 'needs meshio: pip install "flare_jax[mesh]"'),
+        ("none/p.npz", "there is no folder none to write p.npz into"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_read(run, out, message, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "meshio", None)
+        assert main(f"predict {run} nothing.npz --out {out}".split()) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_predictions_go_into_files_for_viewers(folder, run, tmp_path):

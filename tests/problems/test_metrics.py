@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flare_jax.problems.metrics import rel_l2
+from flare_jax.problems.metrics import rel_l2, rel_l2_on_host
 
 RNG = np.random.default_rng(0)
 PREDICTION, TARGET = RNG.normal(size=(2, 3, 10, 2)).astype(np.float32)
@@ -36,6 +36,15 @@ def test_value_and_gradient_stay_finite(prediction, target):
 
 def test_sample_of_padding_alone_is_zero():
     assert rel_l2(PREDICTION, TARGET, np.zeros((3, 10), bool)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("mask", [None, MASK, MASK & (MASK.sum(1, keepdims=True) > 7)])
+def test_on_the_host_it_is_the_same(mask):
+    target = TARGET * np.array([1, 0, 1], np.float32)[:, None, None]  # one that is zero
+    expected = rel_l2(PREDICTION, target, mask)
+    with jax.transfer_guard("disallow"):
+        found = rel_l2_on_host(PREDICTION, target, mask)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_half_precision_is_summed_in_float32():

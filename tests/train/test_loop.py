@@ -197,11 +197,13 @@ def test_bad_requests_fail_before_any_work(whole, tmp_path):
 def test_without_validation_the_last_parameters_are_reported(tmp_path):
     result = fit(dataclasses.replace(toy(), valid=None), CONFIG, tmp_path)
     assert result["chosen"] == "last" and "best" not in result["rel_l2"]
-    assert predict.load_run(tmp_path).params
+    surrogate = predict.load_run(tmp_path)
+    assert surrogate.params and predict.parameters_of(surrogate) == "last"
 
 
 def test_predictions_check_their_input(whole):
     surrogate = predict.load_run(whole[0])
+    assert all(isinstance(p, jax.Array) for p in jax.tree.leaves(surrogate.params))
     with pytest.raises(ValueError, match=r"x must be \[n, N, 3\]"):
         surrogate(np.zeros((1, 5, 2)))
     with pytest.raises(ValueError, match="not finite"):
