@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from flare_jax.problems.metrics import rel_l2_on_host
 from flare_jax.problems.problem import Normalizer, Problem, buckets_of
 from flare_jax.stream import make_streamed
 from flare_jax.train.checkpoint import load
-from flare_jax.train.config import PROBLEMS, Config, config_class, from_dict
+from flare_jax.train.config import PROBLEMS, Config, config_class, from_dict, read_config
 from flare_jax.train.loop import MATMUL, build
 
 log = logging.getLogger(__name__)
@@ -117,12 +116,14 @@ def load_run(folder: Path | str, which: Which = "best") -> Surrogate:
 
     Raises:
         FileNotFoundError, CheckpointError: the folder holds no run, or no checkpoint.
+        ValueError: its config.json is damaged, or there are no parameters `which`.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} holds no run: there is no config.json")
-    values = json.loads((folder / "config.json").read_text())
+    folder, values = Path(folder), read_config(folder)
     problem = values.pop("name")
+    if problem not in PROBLEMS:
+        raise ValueError(f"{folder} is a run of {problem}, which is none of {list(PROBLEMS)}")
+    if which not in get_args(Which):
+        raise ValueError(f"which must be of {get_args(Which)}, got {which!r}")
     module, _ = PROBLEMS[problem]
     fields = values.pop("fields", None)  # older runs have none
     fields = fields or {"inputs": module.INPUTS, "targets": module.TARGETS, "points": None}
