@@ -199,7 +199,9 @@ def joined(found: list[dict]) -> dict:
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--join: records share a seed: {[r['seeds'] for r in found]}")
     together = lambda dicts, name: [x for d in dicts for x in d[name]]
-    record = first | {"seeds": seeds, "note": f"{len(found)} runs, each on a device of its own"}
+    others = ", ".join(f"`{r['command']}`" for r in found[1:])
+    note = f"{len(found)} runs, each on a device of its own, the others by {others}, then --join"
+    record = first | {"seeds": seeds, "note": note}
     slowest = max(found, key=lambda r: r["seconds_per_epoch"])
     record |= {name: slowest[name] for name in ("seconds_per_epoch", "cost_of_sizes")}
     for name in ("seconds", "training_seconds"):
