@@ -24,10 +24,10 @@ Settings and checkpoints are chosen on validation samples, never on test samples
 deviation over seeds where nothing else is said. A dash: not published, not run, or run and found
 wrong or out of memory: of rows that were run the record says which.
 
-Below a table stands, as far as its record says it, the command, hardware, precision, seeds, time and
-versions. `--out`, where the record goes, is left out of the commands. `tf32` as the precision of
-training is three bfloat16 products for each float32 one (errors of 2⁻¹⁶); where it says TF32 it is
-that of NVIDIA's tensor cores (2⁻¹¹).
+Below a table stand, as far as its record says them, the command, hardware, precision, seeds, time
+and versions. `--out`, where the record goes, is left out of the commands. `tf32` as the precision
+of training is three bfloat16 products for each float32 one (errors of 2⁻¹⁶); TF32 is that of
+NVIDIA's tensor cores (2⁻¹¹).
 """
 SPEED = "## How fast\n", "\n## Read it\n"  # begin and end of the section of README.md
 
