@@ -146,7 +146,7 @@ def draw(path: Path, folder: Path, problem: Problem) -> None:
     x, prediction, truth = zip(*samples, strict=True)
     titles = [f"{len(a)} nodes: {e:.2%}" for a, e in zip(x, errors, strict=True)]
     names = dict(inputs=problem.inputs, targets=problem.targets)
-    prediction_figure(path, x, prediction, truth, **names, titles=titles)
+    prediction_figure(path, x, prediction, truth, **names, titles=titles, unit="mm")
 
 
 def told(arguments) -> str:

@@ -310,7 +310,7 @@ def figure(path: Path, rows: list[dict]) -> None:
         axis.set(xlabel="points N", title=f"{title}, forward and backward")
         axis.grid(alpha=0.3)
     handles, labels_ = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels_, loc="outside right upper", fontsize="x-small")
+    figure.legend(handles, labels_, loc="outside right upper", fontsize="x-small", handlelength=5)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
