@@ -23,5 +23,6 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Pages link to the repository's file, which is a page of the site."""
-    return markdown.replace("](../experiments/README.md)", "](results.md)")
+    """Pages link to the repository's files: the results page, and what that page links to."""
+    markdown = markdown.replace("](../experiments/README.md)", "](results.md)")
+    return markdown.replace("](../experiments/", "](experiments/")

@@ -21,7 +21,8 @@ of nearly equal numbers, and an error that is large relative to them is still ro
 
 `naive` is softmax without subtracting a maximum, the formula as written: it shows what a case
 breaks. TF32 needs an NVIDIA GPU; its row runs the same float32 inputs, multiplied as
-`jax.default_matmul_precision("tensorfloat32")` has it.
+`jax.default_matmul_precision("tensorfloat32")` has it. `--precision tf32` of training is not that:
+it takes three bfloat16 products, as `fused` does here too. Records call this row "tf32".
 """
 
 import argparse
@@ -56,6 +57,7 @@ PRECISIONS = {
     "bfloat16": ("bfloat16", "highest", 2.0**-9),
     "float16": ("float16", "highest", 2.0**-11),
 }
+LABELS = {"tf32": "TF32"}  # in figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +331,7 @@ def figure(path: Path, rows: list[dict]) -> None:
             ]
             x, y = np.array(points).T
             style = dict(marker=markers[name], color=colours[precision], s=18, alpha=0.7)
-            axis.scatter(x, y, label=f"{name}, {precision}", **style)
+            axis.scatter(x, y, label=f"{name}, {LABELS.get(precision, precision)}", **style)
         low, high = axis.get_xlim()
         low = max(low, 0.1)
         for precision in {precision: None for _, precision in columns_of(rows)}:

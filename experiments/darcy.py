@@ -93,6 +93,7 @@ def main(arguments=None) -> dict:
         folder = args.out.with_suffix("")
         try:
             record["result"] = fit(darcy.load(config.problem), config, folder)
+            record["result"]["config"]["problem"] |= {"data": None, "cache": None}
             show(record)
         except Interrupted as stopped:
             print(stopped)

@@ -11,7 +11,7 @@ components of the training cells that hold 99 % of their variance, each scaled t
 
 The record holds rank correlations (Spearman) of both with the error, averaged over seeds, of the
 last parameters; the errors of each quarter of the cells by distance; and how alike the seeds err.
-The figure shows every cell.
+Of the training cells only the first `--train` are looked at. The figure shows all that are.
 """
 
 import argparse

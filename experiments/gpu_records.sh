@@ -42,12 +42,14 @@ stage() { # NAME: of a function below, run once
     [ -n "$failed" ] || touch "$out/$1.done"
 }
 
-parts() { # half of them on each; meanwhile elasticity's cells on the CPU
+parts() { # half of them on each, then the record of all; meanwhile elasticity's cells on the CPU
     run 0 parts0 lpbf_parts --out "$out/parts0" --share 0 2
     run 1 parts1 lpbf_parts --out "$out/parts1" --share 1 2
     JAX_PLATFORMS=cpu python3 -c "from flare_jax.problems import elasticity as cells
 for n in 1000, 2000, 4000: cells.load(cells.ElasticityConfig(num_train=n))" > "$out/made.log" 2>&1 &
     runs+=($!)
+    wait_for_runs
+    run 0 parts lpbf_parts --out "$out/results"
     wait_for_runs
 }
 

@@ -146,7 +146,7 @@ def draw(path: Path, folder: Path, problem: Problem) -> None:
     x, prediction, truth = zip(*samples, strict=True)
     titles = [f"{len(a)} nodes: {e:.2%}" for a, e in zip(x, errors, strict=True)]
     names = dict(inputs=problem.inputs, targets=problem.targets)
-    prediction_figure(path, x, prediction, truth, **names, titles=titles)
+    prediction_figure(path, x, prediction, truth, **names, titles=titles, unit="mm")
 
 
 def told(arguments) -> str:
@@ -199,7 +199,9 @@ def joined(found: list[dict]) -> dict:
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--join: records share a seed: {[r['seeds'] for r in found]}")
     together = lambda dicts, name: [x for d in dicts for x in d[name]]
-    record = first | {"seeds": seeds, "note": f"{len(found)} runs, each on a device of its own"}
+    others = ", ".join(f"`{r['command']}`" for r in found[1:])
+    note = f"{len(found)} runs, each on a device of its own, the others by {others}, then --join"
+    record = first | {"seeds": seeds, "note": note}
     slowest = max(found, key=lambda r: r["seconds_per_epoch"])
     record |= {name: slowest[name] for name in ("seconds_per_epoch", "cost_of_sizes")}
     for name in ("seconds", "training_seconds"):

@@ -242,15 +242,18 @@ def main(options: Options, arguments: list[str] | None = None) -> None:
         )
     began, result = time.perf_counter(), seen(options)
     rows = statistics(result.rows)
+    note, found = "stress is counted from the top of the first layer on", len(result.rows)
+    if (there := found - len(result.seconds)) > 0:  # by other calls, untimed
+        note += f"; {there} of the parts were there already"
     facts = {
         "size": options.size,
         "seed": options.seed,
         "precision": "float64",
         "solver_version": lpbf.VERSION[options.size],
         "inherent_strain": lpbf.STRAIN,
-        "note": "stress is counted from the top of the first layer on",
+        "note": note,
         "asked": len(asked(options)),
-        "parts": len(result.rows),
+        "parts": found,
         "made": len(result.seconds),
         "rejected": dict(result.rejected),
         "compile_seconds": sum(compiled),

@@ -1,5 +1,6 @@
 """Tables, numbers and sources as the results page writes them."""
 
+import re
 from pathlib import Path
 
 FOLDER = Path(__file__).parent  # of the page, and of results/
@@ -27,14 +28,19 @@ def error(mean: float | None, spread: float | None = None) -> str:
 
 def about(record: dict) -> str:
     """Command, hardware, precision, seeds, time and versions, as far as the record says them."""
-    parts = [f"`{record['command'].strip()}`"] if "command" in record else []
+    trained = record.get("epochs") != 0  # else neither precision nor seeds were used
+    command = re.sub(r" --out \S+", "", record.get("command", ""))  # it differs from run to run
+    parts = [f"`{command.strip()}`"] if command else []
     parts += [f"data {record['data']}"] if "data" in record else []
     parts += [f"{record['epochs']} epochs"] if record.get("epochs") else []
-    parts += [str(record[name]) for name in ("device", "precision") if name in record]
-    if "seeds" in record:
-        parts.append("seeds " + ", ".join(map(str, record["seeds"])))
-    if "seconds" in record:
-        parts.append(f"{record['seconds']:.0f} s in all")
+    parts += [record["device"]] if "device" in record else []
+    precision = record.get("precision") or record.get("dtype")
+    parts += [precision] if precision and trained else []
+    seeds = record.get("seeds") or ([record["seed"]] if "seed" in record else [])
+    if seeds and trained:
+        parts.append("seeds " + ", ".join(map(str, seeds)))
+    seconds = record.get("seconds") or (record.get("result") or {}).get("seconds")
+    parts += [f"{seconds:.0f} s in all"] if seconds else []
     versions = record.get("versions") or {n: record[n] for n in ("jax", "torch") if record.get(n)}
     parts.append(" ".join(f"{name} {v}" for name, v in versions.items()))
     parts.append(record.get("date", ""))

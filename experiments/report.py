@@ -21,7 +21,13 @@ INTRODUCTION = """\
 Made by `python -m experiments.report` from the records in [results/](results); a test holds the two
 together. rel-L2 is the mean over test samples of ‖prediction − truth‖ / ‖truth‖ in physical units.
 Settings and checkpoints are chosen on validation samples, never on test samples; ± is the standard
-deviation over seeds where nothing else is said. A dash: not published, or not run.
+deviation over seeds where nothing else is said. A dash: not published, not run, or run and found
+wrong or out of memory: of rows that were run the record says which.
+
+Below a table stand, as far as its record says them, the command, hardware, precision, seeds, time
+and versions. `--out`, where the record goes, is left out of the commands. `tf32` as the precision
+of training is three bfloat16 products for each float32 one (errors of 2⁻¹⁶); TF32 is that of
+NVIDIA's tensor cores (2⁻¹¹).
 """
 SPEED = "## How fast\n", "\n## Read it\n"  # begin and end of the section of README.md
 
@@ -43,9 +49,10 @@ def with_speed(readme: str, records: dict[str, dict]) -> str:
     text = f"""{SPEED[0]}
 On one {record["device"]}, jax {record["jax"]}, torch {record["torch"]}.
 PyTorch is the published formulation, two calls of `scaled_dot_product_attention`; a dash: not
-timed, because its gradients were wrong or for lack of time. float32 is that of the defaults, TF32
-in PyTorch. All rows, with commands: [experiments/README.md](experiments/README.md). How, and what
-was tried: [flare_jax/ops/fused/README.md](flare_jax/ops/fused/README.md).
+timed, because its gradients were wrong or for lack of time; several seeds at once were not tried
+in it. float32 is that of the defaults, TF32 in PyTorch. All rows, with commands:
+[experiments/README.md](experiments/README.md). How, and what was tried:
+[flare_jax/ops/fused/README.md](flare_jax/ops/fused/README.md).
 
 """
     return before + text + passes + "\n" + steps + after

@@ -12,27 +12,39 @@ def training(record: dict) -> dict | None:
     return run if told else None
 
 
+METHODS = ("softmax attention", "Transolver", "Transolver, convolution", "FLARE")  # published
+
+
 def surrogates(records: dict, published: dict) -> str:
     """The paper's main table."""
     rows, runs, known = [], {name: training(r) for name, r in records.items()}, published["pde"]
     problems = [*known["rel_l2"], *(r["problem"] for r in runs.values())]
     for problem in dict.fromkeys(problems):
         values = known["rel_l2"].get(problem, {})
-        theirs = [error(values.get(m)) for m in ("softmax attention", "Transolver", "FLARE")]
+        theirs = [error(values.get(method)) for method in METHODS]
         ours = {name: r for name, r in runs.items() if r["problem"] == problem} or {"": None}
         for name, run in ours.items():
             if run and "legacy" in run:  # what is published is no rel-L2
-                rows.append([problem, *[DASH] * 3, *run_cells(name, run)])
+                rows.append([problem, *[DASH] * len(METHODS), *run_cells(name, run)])
                 rows.append([f"{problem}, legacy", *theirs, *run_cells(name, run, "legacy")])
             else:
                 rows.append([problem, *theirs, *run_cells(name, run)])
-    head = ["test rel-L2 × 10³", "softmax attention", "Transolver", "FLARE", "ours: last"]
-    head += ["best on validation", "mean predictor", "parameters", "C, B, M, H", "record"]
+    head = ["test rel-L2 × 10³", *METHODS, "ours: last", "best on validation"]
+    head += ["mean predictor", "parameters", "C, B, M, H", "record"]
     lines = [
         f"- {source(name, records[name] | runs[name] | records[name]).strip()}" for name in runs
     ]
-    text = "The first three columns are published, the others ours. Published: " + known["source"]
-    return text + "\n\n" + table(head, rows) + "\n" + "\n".join(lines) + ("\n" if lines else "")
+    text = f"""\
+The first four columns are published, the others ours. Published: {known["source"]}
+
+The mean predictor gives every sample the mean of the training samples, point by point. Parts of
+lpbf have points of their own, so there it is one number, the mean displacement at all points of the
+training parts.
+
+"""
+    text += table(head, rows) + "\n" + "\n".join(lines) + ("\n" if lines else "")
+    pictures = [picture(f"{name}_{what}") for name in runs for what in ("samples", "prediction")]
+    return text + "".join(pictures)
 
 
 def run_cells(name: str, run: dict | None, metric: str = "rel_l2") -> list[str]:
@@ -69,7 +81,9 @@ def runs_in_time(records: dict, published: dict) -> str:
     head += [f"s to {goal}" for goal in ("1 %", "0.5 %", "0.34 %")]
     head += ["validation rel-L2 × 10³", "running average"]
     text = "Seconds to an error: until the running average's validation error is at or below it."
-    return text + "\n\n" + table(head, rows) + "\n" + "\n".join(lines) + "\n"
+    text += "\n\n" + table(head, rows) + "\n" + "\n".join(lines) + "\n"
+    curves = ("error_epochs", "error_time")
+    return text + "".join(picture(f"{name}_{what}") for name in records for what in curves)
 
 
 def parts(records: dict, published: dict) -> str:
@@ -111,7 +125,10 @@ def sizes(records: dict, published: dict) -> str:
         rows[-1].append(error(r.get("mean_predictor_rel_l2")))
     head = ["", "seeds", "epochs", "s an epoch", "padding", "million real points/s", "ratio"]
     head += ["validation rel-L2 × 10³", "running average", "mean predictor"]
-    text = "Of one seed; ratio: to training on meshes that all have the mean size.\n\n"
+    text = (
+        "Of one seed. Padding: the points that it adds, over the real ones. Ratio: to training on "
+        "meshes that all have the mean size. Mean predictor: one number, the mean displacement.\n\n"
+    )
     lines = "".join(source(name, r) + picture(name) for name, r in records.items())
     return text + table(head, rows) + lines
 
@@ -176,7 +193,8 @@ def elasticity_errors(records: dict, published: dict) -> str:
     text += (
         "correlation (Spearman) of the error with that distance, and with the distance from the "
     )
-    text += "mean shape; correlation of the errors of two seeds.\n"
+    text += "mean shape; correlation of the errors of two seeds. Training: the first `--train` of "
+    text += "the training cells only, 200 unless the command says otherwise.\n"
     for name, r in records.items():
         rows = [
             [row["split"], error(row["mean"]), *map(error, row["quarters_by_distance"])]
@@ -306,7 +324,8 @@ def conditioning(records: dict, published: dict) -> str:
         "Relative L2 errors against float64 of y / of the worst of dq, dk, dv, and the condition "
         "numbers of both; the cases and words are explained in "
         "[conditioning.py](conditioning.py), the limits in "
-        "[how it works](../docs/how_it_works.md). `naive` is softmax without a maximum.\n"
+        "[how it works](../docs/how_it_works.md). `naive` is softmax without a maximum. TF32 is "
+        "float32 under jax's `tensorfloat32`, in which `fused` takes three bfloat16 products.\n"
     )
     for name, record in records.items():
         columns = list(
@@ -322,7 +341,8 @@ def conditioning(records: dict, published: dict) -> str:
             found = {(r["implementation"], r["precision"]): r.get("error") for r in row["results"]}
             pairs = [row["condition"], *(found.get(c) for c in columns)]
             rows.append([f"{row['sweep']}: {row['name']}", *map(pair, pairs)])
-        head = ["case", "condition", *(f"{i} {p}" for i, p in columns)]
+        told = {"tf32": "TF32"}  # what training calls tf32 is something else
+        head = ["case", "condition", *(f"{i} {told.get(p, p)}" for i, p in columns)]
         text += "\n" + table(head, rows) + source(name, record) + picture(name)
     return text
 

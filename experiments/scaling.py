@@ -13,8 +13,9 @@ A layer maps [1, N, C] to [1, N, C], C = 128 and H = 8 as published, projections
                        softmax weights over M, the slices attend to each other, and are scattered
                        back by the same weights
 
-`ms` is forward with the backward of all parameters and of the input, the median of synchronised
-calls; `peak GB` is what the compiled program needs, arguments included, or PyTorch's peak. Every
+`ms` is forward with the backward of all parameters and of the input, a median; short calls are
+queued, up to 50 of them, before each wait for the device. `peak GB` is what the compiled program
+needs, arguments included, or PyTorch's peak. Every
 row of the smallest N is compared with the same layer in float32; if one is wrong, its larger ones
 are not timed either. A row is skipped when the next smaller N says that a call will take longer
 than `--slowest`, or when time or memory run out. Products of float32 arrays follow the defaults:
@@ -310,7 +311,7 @@ def figure(path: Path, rows: list[dict]) -> None:
         axis.set(xlabel="points N", title=f"{title}, forward and backward")
         axis.grid(alpha=0.3)
     handles, labels_ = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels_, loc="outside right upper", fontsize="x-small")
+    figure.legend(handles, labels_, loc="outside right upper", fontsize="x-small", handlelength=5)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

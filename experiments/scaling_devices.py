@@ -1,7 +1,7 @@
 """Training steps of large meshes on one device and on all: time, memory, efficiency.
 
     python -m experiments.scaling_devices --out experiments/results/scaling_devices.json
-    python -m experiments.scaling_devices --smoke --out /tmp/scaling.json   # 8 CPU devices, tiny
+    python -m experiments.scaling_devices --smoke --out FILE   # 8 CPU devices, tiny
 
 A row is one step (loss, gradients, clipping, AdamW, running average) of the 8-block model in
 bfloat16 on one sample of N points. Parts:

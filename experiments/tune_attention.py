@@ -1,6 +1,6 @@
 """Checks and times each kernel of the operator over a handful of block sizes, on one NVIDIA GPU.
 
-    OUT=/tmp/out python -m experiments.tune_attention      about two and a half minutes on an H200
+    OUT=FOLDER python -m experiments.tune_attention        about two and a half minutes on an H200
     python -m experiments.tune_attention --seconds 60      stop timing after 60 s
     python -m experiments.tune_attention --case 128,512,bfloat16 --candidates dz:64x128/4/2/16 ...
         only these tiles (tokens x latents / warps / stages / waves), beside the table's

@@ -1,6 +1,6 @@
 """Checks and times the residual MLP kernels over a handful of block sizes, on one NVIDIA GPU.
 
-    OUT=/tmp/out python -m experiments.tune_mlp            under two minutes on an H100
+    OUT=FOLDER python -m experiments.tune_mlp              under two minutes on an H100
     python -m experiments.tune_mlp --seconds 60            stop timing after 60 s
     python -m experiments.tune_mlp --case 128,bfloat16 --candidates "1:128x8w/132p/1r4b" ...
         only these plans, one a quoted word, written as the table at the end writes them, beside

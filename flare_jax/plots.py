@@ -28,6 +28,7 @@ def prediction_figure(
     titles: Sequence[str] = (),
     longest_edge: float | None = None,
     displacement: Float[np.ndarray, "n N S"] | None = None,
+    unit: str = "",
 ) -> None:
     """Writes a picture with one row a sample: input, truth, prediction, error (first field).
 
@@ -40,6 +41,7 @@ def prediction_figure(
         titles: one for each row.
         longest_edge: without a grid, fill the triangles between points that are no further apart.
         displacement: draw those triangles where this moves their points.
+        unit: of the first field.
     """
     positions = [i for i, name in enumerate(inputs) if name in POSITIONS]
     others = [i for i, name in enumerate(inputs) if name not in POSITIONS]
@@ -73,15 +75,23 @@ def prediction_figure(
             place = x[row][:, positions]
             moved = None if displacement is None else place + displacement[row]
             image = draw(axis, place, values[row], shape, colours, limits, longest_edge, moved)
-            figure.colorbar(image, ax=axis, shrink=0.8)
+            bar = figure.colorbar(image, ax=axis, shrink=0.8)
+            if unit and name not in inputs:
+                bar.set_label(unit)
             if row == 0:
                 axis.set_title(name)
         if row < len(titles) and len(positions) == 3:
-            axes[row, 0].text2D(0, 0.93, titles[row], transform=axes[row, 0].transAxes)
+            over_row(axes[row], titles[row])
         elif row < len(titles):
             axes[row, 0].set_ylabel(titles[row])
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def over_row(axes: Sequence, title: str) -> None:
+    """Puts a row's title over its first panel, below the names of the columns."""
+    for axis, text in zip(axes, (title, *[" "] * (len(axes) - 1)), strict=True):
+        axis.set_title("\n".join(filter(None, (axis.get_title(), text))), fontsize="medium")
 
 
 def samples_figure(

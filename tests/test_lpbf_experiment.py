@@ -59,13 +59,15 @@ def record_of(seed, error):
     times |= {"cost_of_sizes": {"points_per_second": 6 / times["seconds_per_epoch"]}}
     row = {"epoch": 1.0, "seconds": 4.0, "loss": error, "valid": [error], "valid_ema": [error]}
     result = {"rel_l2": spread, "legacy": spread, "valid_rel_l2": [error], "chosen": "last"}
-    return same | times | {"seeds": [seed], "rows": [row], "result": result}
+    made = {"command": f"lpbf --seed {seed}", "seeds": [seed]}
+    return same | times | made | {"rows": [row], "result": result}
 
 
 def test_records_of_other_seeds_make_one():
     record = lpbf.joined([record_of(0, 0.1), record_of(1, 0.3)])
     assert record["seeds"] == [0, 1] and record["seconds"] == 6
     assert record["rows"][0]["valid"] == [0.1, 0.3] and record["rows"][0]["loss"] == 0.2
+    assert (record["command"], "`lpbf --seed 1`" in record["note"]) == ("lpbf --seed 0", True)
     assert record["cost_of_sizes"] == {"points_per_second": 3}  # of the slowest
     last = record["result"]["legacy"]["last"]
     np.testing.assert_allclose((last["mean"], last["std"]), (0.2, 0.1))

@@ -6,8 +6,9 @@
 
 Rows are first checked against the float32 model or operator at the highest matmul precision
 (relative L2 error of outputs and of gradients, both printed); one that is wrong is not timed.
-Times are medians of synchronised calls after warm-up: `forward ms`, and `ms` of forward with
-backward (parts operator and layer) or of a training step (parts model and step). `peak GB` is
+Times are medians after warm-up; short calls are queued, up to 50 of them, before each wait for the
+device: `forward ms`, and `ms` of forward with backward (parts operator and layer) or of a training
+step (parts model and step). `peak GB` is
 what the row needs in all: arguments, results and temporaries of the compiled program, or
 PyTorch's peak of allocated memory. `TB/s` and `Texp/s` are the least work that `ms` stands for
 (formulas in operator.py and layer.py) over `ms`, and the percentage that of what a device copy and

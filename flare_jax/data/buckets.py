@@ -114,7 +114,7 @@ def describe(samples: Samples) -> str:
     sizes = ", ".join(f"{len(b.x)} of {b.x.shape[1]}" for b in buckets)
     if len(buckets) == 1 and buckets[0].mask is None:
         return f"{sizes} points"
-    return f"{sizes} points, {waste(samples):.1%} of them padding"
+    return f"{sizes} points, padding adds {waste(samples):.1%}"
 
 
 @dataclasses.dataclass(frozen=True)

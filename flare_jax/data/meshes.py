@@ -57,7 +57,8 @@ def optional(name: str):
         return importlib.import_module(name)
     except ImportError as error:
         raise DataFileError(
-            f'this needs {name.split(".")[0]}: pip install "flare_jax[mesh]" ({error})'
+            f'this needs {name.split(".")[0]}: pip install -e ".[mesh]" in the clone of flare_jax '
+            f"({error})"
         ) from error
 
 

@@ -15,8 +15,9 @@ Padding, of tokens for the splits or by a mask, is one more column of the head: 
 there and padded tokens a large negative number, so that their weight is exactly zero. Head widths
 are padded to a multiple of 8.
 
-Where tokens' scores spread over hundreds, or one token takes all the weight, dk was NaN on an H100
-(experiments/README.md, conditioning): the kernels of `fused` and the XLA path are finite there.
+Where tokens' scores spread over hundreds, or in float16 one token takes all the weight, dk was NaN
+on an H100 (experiments/README.md, conditioning): the kernels of `fused` and the XLA path are finite
+there.
 """
 
 import jax

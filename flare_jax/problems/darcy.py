@@ -65,7 +65,7 @@ class DarcyConfig:
 
 
 PRESETS = {
-    # For two CPU cores: samples in about 6 s, the rest of about three minutes is training.
+    # Three to seven minutes on two CPU cores, by their speed; about 6 s of it make samples.
     "small": {
         "grid": 141,
         "stride": 5,

@@ -60,7 +60,7 @@ class ElasticityConfig:
 
 
 PRESETS = {
-    # For two CPU cores: samples in about 10 s, the rest of about three minutes is training. A
+    # Three to seven minutes on two CPU cores, by their speed; about 10 s of it make samples. A
     # quarter of the points hold the stress nearly as well, and give four times the epochs.
     "small": {
         "stride": 4,

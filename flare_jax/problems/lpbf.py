@@ -82,7 +82,7 @@ class LPBFConfig:
 
 
 PRESETS = {
-    # For two CPU cores: about two minutes, parts included.
+    # Three to seven minutes on two CPU cores, by their speed, parts included.
     "small": {
         "size": "small",
         "num_train": 420,

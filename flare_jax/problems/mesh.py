@@ -66,7 +66,7 @@ PRESETS = {
         "learning_rate": 2e-3,
         "weight_decay": 1e-4,
     },
-    "paper": {  # FLARE's recipe for its largest meshes (arXiv 2508.12594)
+    "paper": {  # FLARE's recipe for LPBF (arXiv 2508.12594)
         "channel_dim": 64,
         "num_blocks": 8,
         "num_heads": 8,

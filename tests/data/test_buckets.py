@@ -58,7 +58,7 @@ def test_padding_keeps_every_real_point_in_order():
         np.testing.assert_array_equal(found[0].y[i][found[0].mask[i]], y.astype(np.float32))
     assert not found[0].x[~found[0].mask].any()
     assert waste(found) == pytest.approx((4 * 8 + 16 + 2 * 32) / sum(SIZES) - 1)
-    assert describe(found) == "4 of 8, 1 of 16, 2 of 32 points, 47.4% of them padding"
+    assert describe(found) == "4 of 8, 1 of 16, 2 of 32 points, padding adds 47.4%"
     assert waste(Split(*(np.zeros((2, 5, 1)),) * 2)) == 0
 
 

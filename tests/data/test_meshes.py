@@ -130,7 +130,7 @@ def test_bad_files_say_what_is_wrong(tmp_path):
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "meshio", None)
     (tmp_path / "a.vtu").touch()
-    with pytest.raises(DataFileError, match=r'needs meshio: pip install "flare_jax\[mesh\]"'):
+    with pytest.raises(DataFileError, match=r'needs meshio: pip install -e ".\[mesh\]" in'):
         read_mesh(tmp_path / "a.vtu")
 
 

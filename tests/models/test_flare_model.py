@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,12 +127,12 @@ def test_weights_round_trip_bit_for_bit(small, tmp_path, suffix, stacked):
     params = from_torch(to_torch(small[1], SMALL), config)
     save_torch(params, config, tmp_path / f"w{suffix}")
     again = from_torch(tmp_path / f"w{suffix}", config)
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    chex.assert_trees_all_equal(again, params)
 
 
 def test_compiled_and_distributed_prefixes_are_read(small):
     state = {f"module._orig_mod.{k}": v for k, v in to_torch(small[1], SMALL).items()}
-    jax.tree.map(np.testing.assert_array_equal, from_torch(state, SMALL), small[1])
+    chex.assert_trees_all_equal(from_torch(state, SMALL), small[1])
 
 
 def test_a_weight_file_cannot_run_code(tmp_path):

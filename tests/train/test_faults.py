@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +83,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_undisturbed(whole, tmp_pat
     saved = any(p.name.isdecimal() for p in (tmp_path / "checkpoints").iterdir())
     result = fit(toy(), CONFIG, tmp_path, resume=saved)
     assert result["rel_l2"] == whole[1]["rel_l2"]
-    jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path), last_state(whole[0]))
+    chex.assert_trees_all_equal(last_state(tmp_path), last_state(whole[0]))
 
 
 @pytest.fixture
@@ -154,4 +155,4 @@ def test_a_checkpoint_holds_what_was_handed_over(tmp_path):
         assert checkpoints.begun == 1
         checkpoints.wait()
         assert checkpoints.latest == 1
-        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state, {}), start)
+        chex.assert_trees_all_equal(checkpoints.restore(state, {}), start)
