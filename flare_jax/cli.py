@@ -429,8 +429,10 @@ def report(result: dict, folder: Path, figure: Path) -> None:
         label = {"best": "best on validation", "last": "last", "ema": "running average"}[name]
         spread = f" +- {error['std']:.5f}" if len(error["seeds"]) > 1 else ""
         table.add_row(label, f"{error['mean']:.5f}{spread}")
-    if "legacy" in result:  # the error of the published LPBF table
-        table.add_row("legacy metric", f"{result['legacy'][result['chosen']]['mean']:.5f}")
+    for name, errors in result.items():  # that of a target field, or of the published LPBF table
+        if name.startswith("rel_l2 of ") or name == "legacy":
+            label = "legacy metric" if name == "legacy" else name.replace("rel_l2", "rel-L2")
+            table.add_row(label, f"{errors[result['chosen']]['mean']:.5f}")
     table.add_row("predicting the training mean", f"{result['mean_predictor_rel_l2']:.5f}")
     table.add_row("parameters", f"{result['parameters']:,}")
     if result["milliseconds_per_step"] is not None:

@@ -179,7 +179,7 @@ def test_errors(surrogate: Surrogate, data: Problem) -> np.ndarray:
     errors = []
     for split in buckets_of(data.test):
         prediction = surrogate(data.x_normalizer.decode(split.x), split.mask)
-        errors.append(rel_l2_on_host(prediction, split.y, split.mask))
+        errors.append(rel_l2_on_host(prediction, split.y, split.mask, data.units))
     return np.concatenate(errors)
 
 

@@ -91,7 +91,8 @@ def read_mesh(path: Path | str, fields: Collection[str] | None = None) -> MeshFi
 
 def _field(path, name, array, n):
     """The array as float32 [n, k]."""
-    if array.dtype.kind not in "biuf" or array.ndim not in (1, 2) or len(array) != n:
+    fits = array.ndim in (1, 2) and len(array) == n and 0 not in array.shape
+    if array.dtype.kind not in "biuf" or not fits:
         raise DataFileError(
             f"{path}: field {name!r} must hold real numbers [{n}] or [{n}, k], got {array.dtype} "
             f"{list(array.shape)}"

@@ -10,6 +10,9 @@ Meshes are sorted by name and permuted by NumPy's `RandomState(split_seed)`: the
 The test split chooses nothing. All statistics come from the points of the training meshes: each
 column has its mean and standard deviation, but positions share the largest of theirs, so that
 shapes keep their proportions.
+
+Loss and error are relative L2; with several target fields, of fields divided by their root mean
+square in training, and each field's own is reported beside it.
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ from jaxtyping import Float
 from flare_jax.data.arrays import DataFileError
 from flare_jax.data.buckets import Sample, bucketed_splits
 from flare_jax.data.meshes import UNWRITTEN, MeshFile, mesh_files, read_mesh
-from flare_jax.problems.metrics import rel_l2
+from flare_jax.problems.metrics import rel_l2, rel_l2_of
 from flare_jax.problems.problem import Normalizer, Problem, moments
 
 AXES = ("x", "y", "z")
@@ -117,10 +120,37 @@ def load(config: MeshConfig, progress: bool = True) -> Problem:
         test=split["test"],
         x_normalizer=x_normalizer,
         y_normalizer=y_normalizer,
-        loss=rel_l2,
         inputs=inputs,
         targets=targets,
+        **errors_of(config.targets, widths, y),
     )
+
+
+def errors_of(
+    names: Sequence[str], widths: dict[str, int], y: Sequence[Float[np.ndarray, "n O"]]
+) -> dict:
+    """The problem's loss, and with several target fields their units and an error of each.
+
+    A field's unit is its root mean square over the training points: relative L2 of all fields
+    together would be that of the largest numbers.
+    """
+    if len(names) == 1:
+        return {"loss": rel_l2}
+    mean, std = moments(y)
+    ends = np.cumsum([widths[name] for name in names])
+    columns = [slice(end - widths[name], end) for name, end in zip(names, ends, strict=True)]
+    sizes = [np.sqrt(np.mean(mean[c] ** 2 + std[c] ** 2)) for c in columns]
+    units = np.concatenate(
+        [np.full(widths[n], s or 1, np.float32) for n, s in zip(names, sizes, strict=True)]
+    )
+    return {
+        "loss": functools.partial(rel_l2, units=units),
+        "units": units,
+        "metrics": {
+            f"rel_l2 of {name}": functools.partial(rel_l2_of, columns=c)
+            for name, c in zip(names, columns, strict=True)
+        },
+    }
 
 
 def split_rows(count: int, config: MeshConfig) -> dict[str, list[int]]:

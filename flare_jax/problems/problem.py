@@ -1,6 +1,7 @@
 """What every surrogate problem states: its samples, their normalisation, loss and field names."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from flare_jax.problems.metrics import AnyArray, rel_l2_on_host
+from flare_jax.problems.metrics import AnyArray, rel_l2, rel_l2_on_host
 
 
 class Normalizer(NamedTuple):
@@ -121,6 +122,7 @@ class Problem:
     shape: tuple[int, ...] | None = None  # grid shape for plots, such as (85, 85)
     # further errors that a result reports beside rel_l2, by name; like `loss`
     metrics: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+    units: Float[np.ndarray, "O"] | None = None  # of the fields in rel_l2; None: as they are
     generated: bool = False  # samples come from a solver: made elsewhere, the same to rounding only
 
     def __post_init__(self):
@@ -142,6 +144,13 @@ class Problem:
             ("y_normalizer", self.y_normalizer, self.targets),
         ):
             _check_normalizer(f"{self.name}: {name}", normalizer, len(fields))
+        if self.units is None:
+            _check_squares(f"{self.name}: y", self.y_normalizer)
+
+    @property
+    def rel_l2(self) -> Callable:
+        """The error that is reported and selects, in the fields' units."""
+        return rel_l2 if self.units is None else functools.partial(rel_l2, units=self.units)
 
     @property
     def contents(self) -> dict[str, dict]:
@@ -182,7 +191,9 @@ class Problem:
         sizes = {s.y.shape[1] for s in (*train, *tests)}
         if train[0].mask is None and len(sizes) == 1:
             mean = np.mean(train[0].y, axis=0, dtype=np.float64).astype(np.float32)  # [N, O]
-        errors = [rel_l2_on_host(np.broadcast_to(mean, s.y.shape), s.y, s.mask) for s in tests]
+        errors = [
+            rel_l2_on_host(np.broadcast_to(mean, s.y.shape), s.y, s.mask, self.units) for s in tests
+        ]
         return float(np.mean(np.concatenate(errors)))
 
 
@@ -243,3 +254,13 @@ def _check_normalizer(name: str, normalizer: Normalizer, fields: int) -> None:
         raise ValueError(f"{name}: mean {mean.shape} and std {std.shape} must be [{fields}]")
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
         raise ValueError(f"{name}: needs a finite mean and a finite positive std")
+
+
+def _check_squares(name: str, normalizer: Normalizer) -> None:
+    """Raises ValueError for fields so small or large that float32 does not hold their squares."""
+    size = float(np.max(np.hypot(normalizer.mean, normalizer.std)))
+    if not 1e-15 < size < 1e15:
+        raise ValueError(
+            f"{name}: values are of the order of {size:.0e}, and float32 does not hold their "
+            "squares: give the fields in other units"
+        )

@@ -231,7 +231,8 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
 
     chunk = make_steps(problem, config, plan, tx, apply, run, mesh, fsdp)
     y_normalizer = jax.tree.map(np.asarray, run.y_normalizer)
-    errors = Errors(apply, y_normalizer, mesh, problem.metrics)
+    metrics = {"rel_l2": problem.rel_l2, **problem.metrics}
+    errors = Errors(apply, y_normalizer, mesh, metrics)
 
     times, began, main = [], time.perf_counter(), parallel.is_main()
     metrics = MetricsFile(folder / "metrics.jsonl" if main else Path(os.devnull), done)

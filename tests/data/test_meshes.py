@@ -78,6 +78,7 @@ def bad(points=POINTS, **fields):
             "points of point . is not finite",
         ),
         (bad(p=np.full(5, np.inf)), "field 'p' of point 0 is not finite"),
+        (bad(p=np.zeros((5, 0))), r"field 'p' must hold real numbers .*\[5, 0\]"),
         (bad(p=np.zeros(4)), r"field 'p' must hold real numbers \[5\].*\[4\]"),
         (
             bad(np.zeros((0, 3)), p=np.zeros(0)),

@@ -32,6 +32,13 @@ def problem(**changes):
     return Problem(**(fields | changes))
 
 
+@pytest.mark.parametrize("size", [1e-21, 1e20])
+def test_fields_whose_squares_are_no_float32_are_refused(size):
+    own = Normalizer(np.zeros(1, np.float32), np.full(1, size, np.float32))
+    with pytest.raises(ValueError, match="toy: y: values are of the order of 1e.* other units"):
+        problem(y_normalizer=own)
+
+
 def test_encoded_training_data_has_zero_mean_and_unit_variance():
     x = 5 + 3 * RNG.normal(size=(8, 50, 2)).astype(np.float32)
     normalizer = Normalizer.fit(x)
