@@ -108,9 +108,7 @@ def read(path: str | Path) -> dict:
     try:
         import torch
     except ImportError as error:
-        raise ImportError(
-            f"reading {path.name} needs torch: pip install flare-jax[torch]"
-        ) from error
+        raise ImportError(f"reading {path.name} needs torch: pip install torch") from error
     state = torch.load(path, map_location="cpu", weights_only=True)
     for key in NESTED:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
