@@ -213,6 +213,14 @@ def test_under_remat_and_scan():
     assert_close(got, want, 1e-5)
 
 
+def test_second_derivatives_are_refused_with_what_to_do():
+    x, layers, _, _ = inputs((16,), depth=2)
+    f = functools.partial(mlp.residual_mlp, plan=PLAN, interpret=True)
+    gradient = jax.grad(lambda x: jnp.sum(f(x, layers) ** 2))
+    with pytest.raises(NotImplementedError, match='implementation="xla"'):
+        jax.grad(lambda x: jnp.sum(gradient(x) ** 2))(x)
+
+
 def test_only_x_is_kept_for_the_backward():
     x, layers, _, _ = inputs((64,))
     f = functools.partial(mlp.residual_mlp, plan=PLAN, interpret=True)

@@ -43,19 +43,35 @@ def require_gpu() -> None:
         raise NotImplementedError(f"kernels need compute capability 8.0, got {capability}")
 
 
-def pallas_call(kernel, *, name, grid, in_specs, out_specs, out_shape, warps, stages, **kwargs):
-    """`pl.pallas_call` on the Triton backend (the default backend differs between jax versions)."""
-    return pl.pallas_call(
+def pallas_call(kernel, *, warps, stages, interpret=None, **kwargs):
+    """`pl.pallas_call` on the Triton backend (the default backend differs between jax versions).
+
+    Differentiating the call raises NotImplementedError: see `underivable`.
+    """
+    call = pl.pallas_call(
         kernel,
-        name=name,
-        grid=grid,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
-        interpret=interpreted(),
+        interpret=interpreted() if interpret is None else interpret,
         **kwargs,
     )
+    return underivable(call)
+
+
+def underivable(call):
+    """`call`, raising NotImplementedError, with what to do, where it is differentiated.
+
+    Kernels have their derivative written by hand, one order of it.
+    """
+    wrapped = jax.custom_jvp(call)
+
+    @wrapped.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError(
+            "the kernels have first derivatives only, in reverse mode: for second derivatives use "
+            'implementation="xla"'
+        )
+
+    return wrapped
 
 
 def f32_precision() -> str:

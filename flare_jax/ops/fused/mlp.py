@@ -25,10 +25,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from flare_jax.ops.fused.activations import ACTIVATIONS
-from flare_jax.ops.fused.math import f32_precision, interpreted, require_gpu
+from flare_jax.ops.fused.math import f32_precision, interpreted, pallas_call, require_gpu
 from flare_jax.ops.fused.mlp_kernels import ONES, Spec, Tokens, backward_kernel, forward_kernel
 from flare_jax.ops.fused.mlp_plans import Plan, Tile, plan_for
 
@@ -49,12 +48,13 @@ def dot_precision(dtype) -> str:
 
 
 def _call(kernel, tile: Tile, tokens: Tokens, spec: Spec, name: str, out_shape, out_specs):
-    return pl.pallas_call(
+    return pallas_call(
         kernel,
         grid=(tokens.programs,),
         out_shape=out_shape,
         out_specs=out_specs,
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        warps=tile.warps,
+        stages=tile.stages,
         interpret=spec.interpret,
         name=name,
     )
