@@ -22,6 +22,7 @@ Where tokens' scores spread over hundreds, or one token takes all the weight, dk
 import jax
 import jax.numpy as jnp
 
+from flare_jax.ops.fused.math import require_gpu
 from flare_jax.ops.reference import drop, merge_parts
 
 PENALTY = -3e4  # score of a padded token: exp of it is 0, and float16 can hold it
@@ -31,8 +32,7 @@ TOKEN_MULTIPLE = 64  # split lengths that cuDNN accepts forward and backward
 
 def supports(q, k, v, mask) -> None:
     """Raises NotImplementedError with the reason when cuDNN cannot take these arguments."""
-    if jax.default_backend() != "gpu" or "cuda" not in jax.devices()[0].client.platform_version:
-        raise NotImplementedError(f"cudnn needs an NVIDIA GPU, got {jax.default_backend()}")
+    require_gpu("cudnn needs")
     if k.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"cudnn needs float16 or bfloat16, got {k.dtype}")
     if q.shape[-1] > 120:

@@ -1,15 +1,18 @@
 """Splitting, padding and merging around cuDNN's calls, with dense stand-ins for the calls."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative
+from jax._src.cudnn import fused_attention_stablehlo
 
 from flare_jax import flare_attention, flare_encode
 from flare_jax.ops import cudnn
+from flare_jax.ops.fused.math import target
 
 
 def dense(q, k, v, scale):
@@ -24,6 +27,29 @@ def dense_vjp(q, k, v, scale, out, lse, dout):
     ds = scale * a * (jnp.einsum("bmhd,bnhd->bmhn", dout, v) - delta)
     dv = jnp.einsum("bmhn,bmhd->bnhd", a, dout)
     return jnp.einsum("bmhn,bnhd->bmhd", ds, k), jnp.einsum("bmhn,bmhd->bnhd", ds, q), dv
+
+
+supports = cudnn.supports
+
+
+@pytest.mark.parametrize("capability", ["7.5", "9.0"])
+@pytest.mark.parametrize("platform", [None, "gpu"])
+def test_the_device_that_computations_go_to_decides(monkeypatch, capability, platform):
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA", compute_capability=capability)
+    cpu = jax.devices("cpu")[0]
+    monkeypatch.setattr(jax, "devices", lambda *name: [gpu if name in ((), ("gpu",)) else cpu])
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: None)
+    q, k = jnp.zeros((8, 1, 8), jnp.bfloat16), jnp.zeros((1, 8, 1, 8), jnp.bfloat16)
+    with jax.default_device(platform):
+        assert target() is gpu
+        if capability == "9.0":
+            supports(q, k, k, None)
+        else:
+            with pytest.raises(NotImplementedError, match="capability 8.0, got 7.5"):
+                supports(q, k, k, None)
+    for default in (cpu, "cpu"):
+        with jax.default_device(default), pytest.raises(NotImplementedError, match="'cpu'"):
+            supports(q, k, k, None)
 
 
 @pytest.fixture(autouse=True)

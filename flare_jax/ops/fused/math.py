@@ -32,15 +32,23 @@ def nvidia(device: jax.Device) -> bool:
     return device.platform == "gpu" and "nvidia" in device.device_kind.lower()
 
 
-def require_gpu() -> None:
+def target() -> jax.Device:
+    """The device that computations go to: jax's default device, else the first."""
+    default = jax.config.jax_default_device
+    if isinstance(default, str):  # a platform
+        return jax.devices(default)[0]
+    return default or jax.devices()[0]
+
+
+def require_gpu(who: str = "kernels need") -> None:
     """Raises NotImplementedError, with the reason, where kernels cannot run."""
-    device = jax.devices()[0]
+    device = target()
     if not nvidia(device):
         found = f"platform {device.platform!r}, {device.device_kind}"
-        raise NotImplementedError(f"{found}: kernels need an NVIDIA GPU of Ampere or newer")
+        raise NotImplementedError(f"{found}: {who} an NVIDIA GPU of Ampere or newer")
     capability = getattr(device, "compute_capability", "0.0")
     if float(capability) < 8.0:
-        raise NotImplementedError(f"kernels need compute capability 8.0, got {capability}")
+        raise NotImplementedError(f"{who} compute capability 8.0, got {capability}")
 
 
 def pallas_call(kernel, *, warps, stages, interpret=None, **kwargs):
