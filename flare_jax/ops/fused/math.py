@@ -51,6 +51,18 @@ def require_gpu(who: str = "kernels need") -> None:
         raise NotImplementedError(f"{who} compute capability 8.0, got {capability}")
 
 
+def capability() -> str:
+    """The target's compute capability; that of an H100 where there is no GPU."""
+    return str(getattr(target(), "compute_capability", "9.0"))
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory that a program can have on the target."""
+    if capability() in ("8.6", "8.9") or capability().startswith("12."):
+        return 101_376
+    return 166_912 if capability().startswith("8.") else 232_448
+
+
 def pallas_call(kernel, *, warps, stages, interpret=None, **kwargs):
     """`pl.pallas_call` on the Triton backend (the default backend differs between jax versions).
 
