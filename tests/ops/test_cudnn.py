@@ -1,6 +1,7 @@
 """Splitting, padding and merging around cuDNN's calls, with dense stand-ins for the calls."""
 
 import functools
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -29,7 +30,8 @@ def dense_vjp(q, k, v, scale, out, lse, dout):
     return jnp.einsum("bmhn,bnhd->bmhd", ds, k), jnp.einsum("bmhn,bmhd->bnhd", ds, q), dv
 
 
-supports = cudnn.supports
+supports, sdpa, sdpa_vjp = cudnn.supports, cudnn.sdpa, cudnn.sdpa_vjp
+attention = jax.nn.dot_product_attention
 
 
 @pytest.mark.parametrize("capability", ["7.5", "9.0"])
@@ -95,3 +97,42 @@ def test_splits_cover_the_tokens_in_lengths_cudnn_takes(n):
     assert s * t >= n > (s - 1) * t
     assert t % cudnn.TOKEN_MULTIPLE == 0
     assert s * 8 >= min(cudnn.BLOCKS, n // 512) / 2  # enough work to fill the device
+
+
+MAPPED = [axes for axes in itertools.product([0, None], repeat=3) if 0 in axes]
+
+
+@pytest.mark.parametrize("axes", MAPPED, ids=str)
+def test_vmap_takes_any_of_the_arguments(monkeypatch, axes):
+    monkeypatch.setattr(cudnn, "sdpa", sdpa)
+    monkeypatch.setattr(cudnn, "sdpa_vjp", sdpa_vjp)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(
+        fused_attention_stablehlo, "check_compute_capability", lambda *_, **__: True
+    )
+    shapes = (8, 2, 8), (2, 1100, 2, 8), (2, 1100, 2, 8)
+    q, k, v = (
+        jax.ShapeDtypeStruct(s if axis is None else (3, *s), jnp.bfloat16)
+        for s, axis in zip(shapes, axes, strict=True)
+    )
+
+    def f(q, k, v):
+        y, pullback = jax.vjp(functools.partial(flare_attention, implementation="cudnn"), q, k, v)
+        return y, *pullback(y)
+
+    got = jax.eval_shape(jax.vmap(f, axes), q, k, v)
+    assert [x.shape for x in got] == [(3, *shapes[i]) for i in (1, 0, 1, 2)]
+
+
+@pytest.mark.parametrize("axes", MAPPED, ids=str)
+def test_a_mapped_axis_becomes_part_of_the_batch(axes):
+    rng = np.random.default_rng(0)
+    shapes = (2, 8, 1, 4), (2, 5, 1, 4), (2, 5, 1, 4)
+    shapes = [s if axis is None else (3, *s) for s, axis in zip(shapes, axes, strict=True)]
+    args = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes]
+    f = lambda q, k, v: dense(q, k, v, 0.5)
+    for got, want in zip(
+        jax.vmap(cudnn.folded(f), axes)(*args), jax.vmap(f, axes)(*args), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
