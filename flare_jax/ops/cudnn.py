@@ -20,9 +20,12 @@ on an H100 (experiments/README.md, conditioning): the kernels of `fused` and the
 there.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from flare_jax.ops.fused.math import require_gpu
 from flare_jax.ops.reference import drop, merge_parts
 
 PENALTY = -3e4  # score of a padded token: exp of it is 0, and float16 can hold it
@@ -32,8 +35,7 @@ TOKEN_MULTIPLE = 64  # split lengths that cuDNN accepts forward and backward
 
 def supports(q, k, v, mask) -> None:
     """Raises NotImplementedError with the reason when cuDNN cannot take these arguments."""
-    if jax.default_backend() != "gpu" or "cuda" not in jax.devices()[0].client.platform_version:
-        raise NotImplementedError(f"cudnn needs an NVIDIA GPU, got {jax.default_backend()}")
+    require_gpu("cudnn needs")
     if k.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"cudnn needs float16 or bfloat16, got {k.dtype}")
     if q.shape[-1] > 120:
@@ -49,22 +51,52 @@ def supports(q, k, v, mask) -> None:
         raise NotImplementedError(f"no usable cuDNN attention in this jax: {error}") from error
 
 
+def folded(f):
+    """f, all whose arguments and results are [B, ...]; under `vmap` with one batch of all.
+
+    jax's rule takes the size of the mapped axis from the first argument: it fails where only others
+    are mapped.
+    """
+    call = jax.custom_batching.custom_vmap(f)
+
+    @call.def_vmap
+    def fold(size, mapped, *args):
+        whole = (
+            x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+            for x, is_mapped in zip(args, mapped, strict=True)
+        )
+        out = call(*(x.reshape(-1, *x.shape[2:]) for x in whole))
+        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call
+
+
 def sdpa(q, k, v, scale):
     """softmax(scale q k^T) v and its float32 log-sum-exp, all `[B, T, H, D]` and `[B, T, H]`."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    out, lse = fused.dot_product_attention(q, k, v, scale=scale, return_residual=True)
-    return out, lse.swapaxes(1, 2)  # cuDNN keeps [B, H, T]
+    @folded
+    def call(q, k, v):
+        out, lse = fused.dot_product_attention(q, k, v, scale=scale, return_residual=True)
+        return out, lse.swapaxes(1, 2)  # cuDNN keeps [B, H, T]
+
+    return call(q, k, v)
 
 
 def sdpa_vjp(q, k, v, scale, out, lse, dout):
     """dq, dk, dv of `sdpa` given its output and log-sum-exp, here those of all splits together."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    none = jnp.zeros(0, q.dtype)
-    residuals = (q, k, v, *[none] * 7, lse.swapaxes(1, 2), out)
     static = (scale, 42, 0.0, (False, False), fused.MaskType.NO_MASK, 0, None, True, False)
-    return fused._dot_product_attention_bwd_rule(*static, residuals, dout)[:3]
+
+    @folded
+    def call(q, k, v, out, lse, dout):
+        none = jnp.zeros(0, q.dtype)
+        residuals = (q, k, v, *[none] * 7, lse.swapaxes(1, 2), out)
+        return fused._dot_product_attention_bwd_rule(*static, residuals, dout)[:3]
+
+    return call(q, k, v, out, lse, dout)
 
 
 def split_tokens(b: int, n: int, h: int, m: int) -> tuple[int, int]:
@@ -114,7 +146,8 @@ def decode(q, k, z, mask, scale):
     """y [B, N, H, D] in the dtype of k, zero at masked tokens."""
     d = q.shape[-1]
     k, q, z = widen(mask, q, k, z)
-    y = jax.nn.dot_product_attention(k, q, z, scale=scale, implementation="cudnn")
+    sdpa = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+    y = folded(sdpa)(k, q, z)
     return drop(mask, y[..., :d])[0]
 
 

@@ -56,10 +56,12 @@ def mixing_spectrum(
     Computed in the dtype of q and k, at least float32, with full float32 products. Round-off of
     the Gram matrix is absolute: the eigenvalues are off by up to about
 
-        floor = eps (4 + max |S|)
+        floor = eps (4 + 3 sqrt(n) + max scale sum_d |q_d k_d|)
 
-    so that in float32 those below 1e-6 mean nothing, and in float64 (float64 arrays under
-    `jax.enable_x64(True)`) those below 1e-15. Computed eigenvalues may be negative by as much.
+    with n the additions one after another, of a tile's tokens and of tiles. The last term is near
+    max |S| unless products cancel in the sum over d. So in float32 those below 1e-5 (a thousand
+    tokens) or 1e-4 (a million) mean little, and in float64 (float64 arrays under
+    `jax.enable_x64(True)`) those below 1e-13. Computed eigenvalues may be negative by as much.
 
     Args:
         q, k, mask, scale: as in `flare_attention`. Masked points have zero rows and columns in W.
@@ -82,7 +84,9 @@ def mixing_spectrum(
         gram, peak = _gram(q, k, mask, scale, lse)
         eigenvalues, u = jnp.linalg.eigh(gram)  # ascending
         eigenvalues, u = eigenvalues[..., ::-1], u[..., ::-1]
-        floor = jnp.finfo(dtype).eps * (4 + peak)
+        n, tile = k.shape[1], xla.tile_size(q, k)
+        additions = min(n, tile) + n / tile
+        floor = jnp.finfo(dtype).eps * (4 + 3 * additions**0.5 + peak)
         u = u[..., :num_vectors]  # [B, H, M, R]
         real = eigenvalues[..., None, :num_vectors] > floor[..., None, None]
         sigma = jnp.sqrt(jnp.where(real, eigenvalues[..., None, :num_vectors], jnp.nan))
@@ -136,7 +140,7 @@ def encode_weights(
 
 
 def _gram(q, k, mask, scale, lse):
-    """J J^T [B, H, M, M] and max |S| [B, H] over real tokens, a tile of tokens at a time."""
+    """J J^T [B, H, M, M] and max scale sum_d |q_d k_d| [B, H] over real tokens, tile by tile."""
     (m, h, _), (b, n) = q.shape, k.shape[:2]
     e = jnp.where(jnp.isfinite(lse), lse, 0)[..., None]  # [B, H, M, 1]; no real token: 0
 
@@ -144,10 +148,11 @@ def _gram(q, k, mask, scale, lse):
         gram, peak = carry
         s = scores(q, k, scale)  # [B, H, M, T]
         j = jnp.exp(s - e / 2 - jax.nn.logsumexp(s, axis=2, keepdims=True) / 2)
+        size = scores(jnp.abs(q), jnp.abs(k), scale)
         if real is not None:
-            j, s = (jnp.where(real[:, None, None, :], x, 0) for x in (j, s))
+            j, size = (jnp.where(real[:, None, None, :], x, 0) for x in (j, size))
         gram += jnp.einsum("bhmt,bhlt->bhml", j, j)
-        return gram, jnp.maximum(peak, jnp.abs(s).max((2, 3)))
+        return gram, jnp.maximum(peak, size.max((2, 3)))
 
     start = jnp.zeros((b, h, m, m), k.dtype), jnp.zeros((b, h), k.dtype)
     return xla.walk(body, start, xla.tile_size(q, k), n, mask, k)

@@ -111,14 +111,16 @@ def solve(
     size = a.shape[0]
     a = jnp.asarray(a, jnp.float64)
     f = jnp.broadcast_to(jnp.asarray(f, jnp.float64), (size, size))[1:-1, 1:-1]
+    largest = jnp.max(jnp.abs(f))
+    largest = jnp.where(largest > 0, largest, 1)  # the preconditioner has float32's range only
     u, residual, iterations = _conjugate_gradients(
         functools.partial(_minus_div_a_grad, a=_faces(a)),
         functools.partial(_inverse_laplacian, *_sine_basis(size - 2)),
-        f / (size - 1) ** 2,
+        f / largest / (size - 1) ** 2,
         tolerance=tolerance,
         max_iterations=max_iterations,
     )
-    return Solution(jnp.pad(u, 1), residual, iterations)
+    return Solution(jnp.pad(largest * u, 1), residual, iterations)
 
 
 def sample(key: Array, size: int) -> Sample:

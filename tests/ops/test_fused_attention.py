@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import relative
 
+from flare_jax import flare_attention, flare_decode
 from flare_jax.ops import reference
 from flare_jax.ops.fused import attention, attention_backward, mlp_kernels, tiles
 from flare_jax.ops.fused import math as fused_math
@@ -194,6 +195,20 @@ def test_default_precision_does_not_reach_the_products_in_kernels(monkeypatch):
             return str(jax.make_jaxpr(fused_math.dot)(x, x)), str(in_mlp)
 
     assert traced("tensorfloat32") == traced("bfloat16") == traced(None)
+
+
+@pytest.mark.parametrize("f", [flare_attention, flare_decode])
+def test_second_derivatives_are_refused_with_what_to_do(f):
+    q, k, v, *_ = inputs("two_heads_a_group")
+    last = v if f is flare_attention else v[:, : q.shape[0]]
+
+    def gradient(q):
+        return jax.grad(lambda q: jnp.sum(f(q, k, last, implementation="fused") ** 2))(q)
+
+    with pytest.raises(NotImplementedError, match='implementation="xla"'):
+        jax.grad(lambda q: jnp.sum(gradient(q) ** 2))(q)
+    with pytest.raises(NotImplementedError, match='implementation="xla"'):
+        jax.jvp(gradient, (q,), (q,))
 
 
 def test_large_float16_gradients_do_not_overflow():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 
 from flare_jax.ops.fused import mlp, mlp_plans
-from flare_jax.ops.fused.mlp_plans import SEEDS, few
+from flare_jax.ops.fused.math import shared_memory
+from flare_jax.ops.fused.mlp_plans import SEEDS, Depth, few
 
 # tiny tiles, few programs: several tiles a program, two and one layers a segment
 TILE = mlp.Tile(16, 4, 2)
@@ -94,6 +97,74 @@ def test_programs_share_the_tiles_evenly():
         most = -(-tiles // base.forward.programs)  # of one program, with the table's number
         assert (tile.programs - 1) * most < tiles <= tile.programs * most
         assert tile.programs <= base.forward.programs
+
+
+# layers up to which the table's plan is what the compiler takes for an H100 (None: any number)
+DEEPEST = {
+    (128, "native", 10_000): 6,
+    (128, "native", 10**6): 5,
+    (128, "bf16x3", 10**6): None,
+    (64, "native", 10**6): 23,
+    (64, "bf16x3", 10_000): 9,
+    (64, "bf16x3", 10**6): 13,
+    (64, "ieee", 10**6): None,
+    (32, "native", 10**6): 24,
+}
+
+
+@pytest.mark.parametrize("case", DEEPEST, ids=str)
+def test_plans_that_fit_on_an_h100_are_those_of_the_table(case):
+    width, precision, tokens = case
+    plan, deepest = mlp.plan_for(tokens, width, precision), DEEPEST[case]
+    of = lambda layers: mlp_plans.fitted(plan, Depth(tokens, width, precision, layers))
+    assert all(of(layers) == plan for layers in range(1, (deepest or 24) + 1))
+    if deepest is not None and width > 32:
+        assert of(deepest + 1) != plan
+
+
+# what the compiler asked for, with norm (and projection at C = 64): forward, largest backward
+@pytest.mark.parametrize(
+    ("capability", "depth", "forward", "backward"),
+    [
+        ("9.0", Depth(10**6, 128, "native", 5), 230_400, 204_800),
+        ("9.0", Depth(10**6, 128, "native", 8), 328_704, 233_472),
+        ("9.0", Depth(10_000, 128, "native", 8), 294_912, 200_704),
+        ("9.0", Depth(10**6, 64, "native", 14, projected=True), 131_072, 151_552),
+        ("9.0", Depth(10**6, 64, "bf16x3", 14, projected=True), 262_144, 92_160),
+        ("9.0", Depth(10_000, 64, "bf16x3", 5, projected=True), 114_688, 156_672),
+        ("9.0", Depth(10**6, 128, "bf16x3", 5), 98_304, 133_120),
+        ("8.0", Depth(10**6, 128, "native", 5), 230_400, 262_144),
+        ("8.0", Depth(10**6, 64, "native", 5, projected=True), 57_344, 107_520),
+        ("8.0", Depth(10**6, 64, "bf16x3", 5, projected=True), 114_688, 106_496),
+        ("8.0", Depth(10**6, 128, "bf16x3", 5), 98_304, 135_168),
+    ],
+)
+def test_shared_memory_is_bounded(monkeypatch, capability, depth, forward, backward):
+    monkeypatch.setattr(mlp_plans, "capability", lambda: capability)
+    plan = mlp.plan_for(depth.tokens, depth.width, depth.precision)
+    assert mlp_plans.forward_bytes(plan.forward, depth) >= forward
+    assert mlp_plans.backward_bytes(plan, dataclasses.replace(depth, linear_last=True)) >= backward
+
+
+@pytest.mark.parametrize(("capability", "kilobytes"), [("8.0", 163), ("8.9", 99), ("9.0", 227)])
+@pytest.mark.parametrize("layers", [5, 8, 14])
+@pytest.mark.parametrize("precision", ["native", "bf16x3"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_deep_mlps_keep_fewer_weights(monkeypatch, capability, kilobytes, layers, precision, width):
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA", compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert shared_memory() == 1024 * kilobytes
+    x = jax.ShapeDtypeStruct((10**6, width), jnp.bfloat16 if precision == "native" else jnp.float32)
+    weights = jax.ShapeDtypeStruct((width, width), x.dtype), jax.ShapeDtypeStruct((width,), x.dtype)
+    if (capability, width, precision) == ("8.9", 128, "bf16x3"):
+        with pytest.raises(NotImplementedError, match="shared memory"):
+            mlp.supports(x, [weights] * layers, interpret=False)
+        return
+    mlp.supports(x, [weights] * layers, interpret=False)
+    depth = Depth(10**6, width, precision, layers)
+    plan = mlp_plans.fitted(mlp.plan_for(10**6, width, precision), depth)
+    assert mlp_plans.forward_bytes(plan.forward, depth) <= shared_memory()
+    assert mlp_plans.backward_bytes(plan, depth) <= shared_memory()
 
 
 @pytest.mark.parametrize("act", ["gelu", "silu"])
@@ -213,6 +284,14 @@ def test_under_remat_and_scan():
     assert_close(got, want, 1e-5)
 
 
+def test_second_derivatives_are_refused_with_what_to_do():
+    x, layers, _, _ = inputs((16,), depth=2)
+    f = functools.partial(mlp.residual_mlp, plan=PLAN, interpret=True)
+    gradient = jax.grad(lambda x: jnp.sum(f(x, layers) ** 2))
+    with pytest.raises(NotImplementedError, match='implementation="xla"'):
+        jax.grad(lambda x: jnp.sum(gradient(x) ** 2))(x)
+
+
 def test_only_x_is_kept_for_the_backward():
     x, layers, _, _ = inputs((64,))
     f = functools.partial(mlp.residual_mlp, plan=PLAN, interpret=True)
@@ -254,8 +333,9 @@ def test_lowers_for_cuda_without_a_gpu(width, dtype, tokens):
 
     with h100():
         text = jax.jit(f).trace(x, layers, norm).lower(lowering_platforms=("cuda",)).as_text()
-    segments = len(mlp.segments(5, mlp.plan_for(tokens, width, "native"), normed=True))
-    assert text.count("triton") >= 1 + min(segments, 1)
+    plan = mlp.plan_for(tokens, width, mlp.dot_precision(x.dtype))
+    names = {f"flare_mlp_bwd_{first}_{end}" for first, end, _ in mlp.segments(5, plan, normed=True)}
+    assert set(re.findall(r"flare_mlp\w*", text)) == {"flare_mlp", *names}
 
 
 def h100():

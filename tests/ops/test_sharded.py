@@ -10,7 +10,6 @@ import pytest
 from conftest import relative
 from jax.sharding import PartitionSpec as P
 
-from flare_jax.ops import flare
 from flare_jax.ops.flare import flare_attention
 from flare_jax.ops.fused import attention_backward, tiles
 from flare_jax.ops.sharded import (
@@ -151,7 +150,9 @@ def test_whole_arrays_lose_no_sharding_to_a_gather_of_tokens():
     k = jnp.ones((2, 4096, 2, 8))
     f = functools.partial(flare_attention_sharded, mesh=mesh_of(2, 4), batch="data")
     text = value_and_gradients.lower(f, k[0, :8], k, k, k, None).compile().as_text()
-    for shape in re.findall(r"= \w+\[([\d,]+)\]\S* all-(?:gather|to-all)\(", text):
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-(?:gather|to-all)\(", text)
+    assert gathered  # of latents' statistics
+    for shape in gathered:
         assert "4096" not in shape and "1024" not in shape, shape
 
 
@@ -196,6 +197,5 @@ def test_a_mesh_that_does_not_fit_says_what_would():
         flare_attention_sharded(q, k, v, mesh=mesh_of(8, 1), batch="data")
     with pytest.raises(ValueError, match="mesh must have an axis 'points'"):
         flare_attention_sharded(q, k, v, mesh=mesh_of(1, 8), tokens="points")
-    assert flare.IMPLEMENTATIONS  # the same checks as on one device
     with pytest.raises(ValueError, match="v must be"):
         flare_attention_sharded(q, k, v[:, 1:], mesh=mesh_of(1, 8))

@@ -68,9 +68,29 @@ def test_eigenvalues_and_vectors_are_those_of_the_dense_matrix(masked):
         assert not found.vectors[0, ~mask[0]].any()
 
 
-@pytest.mark.parametrize("size", [0.1, 1.0, 3.0])
-def test_float32_is_within_its_floor(size):
-    q, k, _ = inputs(size=size)
+def cancelling():
+    """Scores of about 1 that are differences of products of about 1000."""
+    q, k, _ = inputs(1000)
+    joined = lambda x, y: np.concatenate([x, y], -1)
+    return joined(1000 * q, -1000 * q), joined(k, k + 1e-3 * inputs(1000)[1][::-1])
+
+
+CASES = {
+    "small": lambda: inputs(size=0.1),
+    "usual": inputs,
+    "large": lambda: inputs(size=3.0),
+    "many points": lambda: inputs(20_000),
+    "many equal weights": lambda: (np.zeros((64, 1, 8)), np.ones((1, 20_000, 1, 8))),
+    "cancelling": cancelling,
+}
+
+
+@pytest.mark.parametrize("tile", [16, 1 << 14])
+@pytest.mark.parametrize("case", CASES)
+def test_float32_is_within_its_floor(monkeypatch, case, tile):
+    monkeypatch.setattr(xla, "MIN_TILE", tile)
+    compute = jax.jit(lambda q, k: mixing_spectrum(q, k))  # traced anew, for this tile
+    q, k = CASES[case]()[:2]
     q, k = q.astype(np.float32), k.astype(np.float32)
     low = compute(q, k)
     with jax.enable_x64(True):

@@ -71,8 +71,9 @@ def test_solution_lies_between_those_of_constant_coefficients(coefficient):
     assert low < u.sum() < high
 
 
-def test_solution_is_linear_in_the_source(coefficient):
-    np.testing.assert_allclose(solve(coefficient, 7.0), 7 * solve(coefficient), rtol=1e-9)
+@pytest.mark.parametrize("factor", [7.0, -1e-40, 1e40])
+def test_solution_is_linear_in_the_source(coefficient, factor):
+    np.testing.assert_allclose(solve(coefficient, factor), factor * solve(coefficient), rtol=1e-9)
     assert (solve(coefficient, 0.0) == 0).all()
 
 

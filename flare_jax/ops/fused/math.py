@@ -32,30 +32,66 @@ def nvidia(device: jax.Device) -> bool:
     return device.platform == "gpu" and "nvidia" in device.device_kind.lower()
 
 
-def require_gpu() -> None:
+def target() -> jax.Device:
+    """The device that computations go to: jax's default device, else the first."""
+    default = jax.config.jax_default_device
+    if isinstance(default, str):  # a platform
+        return jax.devices(default)[0]
+    return default or jax.devices()[0]
+
+
+def require_gpu(who: str = "kernels need") -> None:
     """Raises NotImplementedError, with the reason, where kernels cannot run."""
-    device = jax.devices()[0]
+    device = target()
     if not nvidia(device):
         found = f"platform {device.platform!r}, {device.device_kind}"
-        raise NotImplementedError(f"{found}: kernels need an NVIDIA GPU of Ampere or newer")
+        raise NotImplementedError(f"{found}: {who} an NVIDIA GPU of Ampere or newer")
     capability = getattr(device, "compute_capability", "0.0")
     if float(capability) < 8.0:
-        raise NotImplementedError(f"kernels need compute capability 8.0, got {capability}")
+        raise NotImplementedError(f"{who} compute capability 8.0, got {capability}")
 
 
-def pallas_call(kernel, *, name, grid, in_specs, out_specs, out_shape, warps, stages, **kwargs):
-    """`pl.pallas_call` on the Triton backend (the default backend differs between jax versions)."""
-    return pl.pallas_call(
+def capability() -> str:
+    """The target's compute capability; that of an H100 where there is no GPU."""
+    return str(getattr(target(), "compute_capability", "9.0"))
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory that a program can have on the target."""
+    if capability() in ("8.6", "8.9") or capability().startswith("12."):
+        return 101_376
+    return 166_912 if capability().startswith("8.") else 232_448
+
+
+def pallas_call(kernel, *, warps, stages, interpret=None, **kwargs):
+    """`pl.pallas_call` on the Triton backend (the default backend differs between jax versions).
+
+    Differentiating the call raises NotImplementedError: see `underivable`.
+    """
+    call = pl.pallas_call(
         kernel,
-        name=name,
-        grid=grid,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
-        interpret=interpreted(),
+        interpret=interpreted() if interpret is None else interpret,
         **kwargs,
     )
+    return underivable(call)
+
+
+def underivable(call):
+    """`call`, raising NotImplementedError, with what to do, where it is differentiated.
+
+    Kernels have their derivative written by hand, one order of it.
+    """
+    wrapped = jax.custom_jvp(call)
+
+    @wrapped.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError(
+            "the kernels have first derivatives only, in reverse mode: for second derivatives use "
+            'implementation="xla"'
+        )
+
+    return wrapped
 
 
 def f32_precision() -> str:

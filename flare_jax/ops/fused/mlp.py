@@ -25,12 +25,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from flare_jax.ops.fused.activations import ACTIVATIONS
-from flare_jax.ops.fused.math import f32_precision, interpreted, require_gpu
+from flare_jax.ops.fused.math import f32_precision, interpreted, pallas_call, require_gpu
 from flare_jax.ops.fused.mlp_kernels import ONES, Spec, Tokens, backward_kernel, forward_kernel
-from flare_jax.ops.fused.mlp_plans import Plan, Tile, plan_for
+from flare_jax.ops.fused.mlp_plans import Depth, Plan, Tile, fitted, plan_for, segments, shares
 
 WIDTHS = (32, 64, 128)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -49,12 +48,13 @@ def dot_precision(dtype) -> str:
 
 
 def _call(kernel, tile: Tile, tokens: Tokens, spec: Spec, name: str, out_shape, out_specs):
-    return pl.pallas_call(
+    return pallas_call(
         kernel,
         grid=(tokens.programs,),
         out_shape=out_shape,
         out_specs=out_specs,
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        warps=tile.warps,
+        stages=tile.stages,
         interpret=spec.interpret,
         name=name,
     )
@@ -82,8 +82,7 @@ def _forward(spec: Spec, keep: bool, x, norm, sets, projection):
     """
     plan = spec.plan
     tile = plan.forward if len(sets) == 1 else plan.together or plan.forward
-    fit = spec.precision == "native" and x.shape[1] <= 64  # all weights on the chip
-    if len(sets) > 1 and (plan.apart or (tile.resident and not fit)):
+    if len(sets) > 1 and (plan.apart or not shares(tile, x.shape[1], spec.precision)):
         return [_forward(spec, False, x, norm, (one,), ())[0][0] for one in sets], None
     tokens = Tokens(*x.shape, tile)
     kernel = functools.partial(forward_kernel, spec=spec, tile=tile, tokens=tokens)
@@ -95,17 +94,6 @@ def _forward(spec: Spec, keep: bool, x, norm, sets, projection):
     call = _call(kernel, tile, tokens, spec, "flare_mlp", shapes, blocks)
     projection = (projection[0], *operands(projection[1:])) if projection else ()
     return call(x, norm, tuple(map(operands, sets)), projection)
-
-
-def segments(layers: int, plan: Plan, normed: bool) -> list[tuple[int, int, Tile]]:
-    """[(first, end, Tile), ...] of the backward kernels, last segment first."""
-    cuts, end = [], layers
-    while end:
-        length, tile = plan.backward[min(len(cuts), len(plan.backward) - 1)]
-        first = max(0, end - length)
-        cuts.append((first, end, tile))
-        end = first
-    return [*cuts, (0, 0, plan.norm)] if normed and plan.norm else cuts
 
 
 def _segment(
@@ -223,6 +211,14 @@ def supports(
         raise NotImplementedError("no tokens")
     if not (interpreted() if interpret is None else interpret):
         require_gpu()
+    _plan(x, len(layers), dot_precision(x.dtype), projected=width <= 64, linear_last=False)
+
+
+def _plan(x: jax.Array, layers: int, precision: str, **options) -> Plan:
+    """The plan for x [..., C], `options` of Depth; raises NotImplementedError if none fits."""
+    tokens, width = x.size // x.shape[-1], x.shape[-1]
+    depth = Depth(tokens, width, precision, layers, **options)
+    return fitted(plan_for(tokens, width, precision), depth)
 
 
 def residual_mlp(x: jax.Array, layers: Layers, **options) -> jax.Array:
@@ -269,6 +265,15 @@ def residual_mlps(
         x, projection = (x + y).astype(x.dtype), None
     precision = precision or dot_precision(x.dtype)
     flat = x.reshape(-1, x.shape[-1])
+    plan = plan or _plan(
+        flat,
+        len(sets[0]),
+        precision,
+        sets=len(sets),
+        normed=norm is not None,
+        linear_last=linear_last,
+        projected=projection is not None,
+    )
     spec = Spec(
         layers=len(sets[0]),
         act=act,
@@ -280,7 +285,7 @@ def residual_mlps(
         pass_on=pass_on,
         epsilon=epsilon,
         interpret=interpreted() if interpret is None else interpret,
-        plan=plan or plan_for(flat.shape[0], flat.shape[1], precision),
+        plan=plan,
     )
     sets = tuple(tuple((w, b) for w, b in layers) for layers in sets)
     norm = () if norm is None else tuple(norm)

@@ -1,7 +1,8 @@
 """Block sizes of the residual MLP's kernels.
 
 The table is filled from measurements and compiler output (README.md); nothing is tuned at run
-time. To change a choice edit `plan_for`.
+time. To change a choice edit `plan_for`. The table's plans are for MLPs of the default depth on an
+H100: `fitted` makes others of them for deeper ones and for devices with less shared memory.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import dataclasses
 from jax import lax
 from jax.experimental import pallas as pl
 
+from flare_jax.ops.fused.math import capability, shared_memory
 from flare_jax.ops.fused.tiles import SMS
 
 SEEDS = "seeds"  # the axis name of a `vmap` over models: how many work at once decides the tiles
@@ -121,6 +123,138 @@ def even(plan: Plan, tokens: int) -> Plan:
         plan.apart,
         tile(plan.together),
     )
+
+
+def segments(layers: int, plan: Plan, normed: bool) -> list[tuple[int, int, Tile]]:
+    """[(first, end, Tile), ...] of the backward kernels, last segment first."""
+    cuts, end = [], layers
+    while end:
+        length, tile = plan.backward[min(len(cuts), len(plan.backward) - 1)]
+        first = max(0, end - length)
+        cuts.append((first, end, tile))
+        end = first
+    return [*cuts, (0, 0, plan.norm)] if normed and plan.norm else cuts
+
+
+# --------------------------------------------------------------- shared memory ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """What `fitted` has to know of the MLPs."""
+
+    tokens: int
+    width: int
+    precision: str
+    layers: int
+    sets: int = 1
+    normed: bool = True
+    linear_last: bool = True
+    projected: bool = False
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number as the products take it: bf16x3 has two halves."""
+        return 2 if self.precision == "native" else 4
+
+    @property
+    def weight(self) -> int:
+        return self.width**2 * self.item
+
+    def rows(self, tile: Tile) -> int:
+        """Bytes of a tile of tokens."""
+        return tile.tile * self.width * self.item
+
+    def stages(self, tile: Tile) -> int:
+        """Buffers of each load: what a program loads for its only tile it loads once."""
+        return 1 if self.single(tile) else tile.stages
+
+    def single(self, tile: Tile) -> bool:
+        """Whether a program has one tile of tokens at most."""
+        return pl.cdiv(self.tokens, tile.tile) <= tile.programs
+
+    def streamed(self, count: int, stages: int) -> int:
+        """Bytes for `count` weights that are read with every tile, ahead of it if there are stages.
+
+        Without, one buffer serves all.
+        """
+        return self.weight * (stages * count if stages > 1 else min(count, 1))
+
+
+def forward_bytes(tile: Tile, depth: Depth, sets: int = 1) -> int:
+    """Shared memory of a program of the forward, from compiler output (README.md)."""
+    stages, kept = depth.stages(tile), min(tile.resident, depth.layers)
+    return (
+        (sets * kept + depth.projected) * depth.weight
+        + depth.streamed(sets * (depth.layers - kept), stages)
+        + stages * depth.rows(tile)
+        + 1024 * (stages > 1)
+    )
+
+
+def backward_bytes(plan: Plan, depth: Depth) -> int:
+    """Most shared memory of a program of the backward: bounds of what the compiler asked for.
+
+    Beside weights and the segment's inputs: layers of the segment that are kept, for they are used
+    transposed too, without a warpgroup's products (before 9.0) or with several in halves; at the
+    bottom the norm and the projection.
+    """
+    most, warpgroups = 0, not capability().startswith(("8.", "12."))
+    for first, end, tile in segments(depth.layers, plan, False):
+        stages, kept, rows = depth.stages(tile), min(tile.resident, end), depth.rows(tile)
+        linear = end == depth.layers and depth.linear_last
+        size = kept * depth.weight + stages * (end - first + 1) * rows
+        size += 4096 * (linear + warpgroups)
+        early = warpgroups and kept and depth.single(tile)  # all it reads, before it works
+        if not early and (not linear or end - first > 1):
+            size += depth.streamed(end - kept, stages)
+        halves = depth.precision == "bf16x3" and end - first > 1
+        if kept > first and (halves or not warpgroups):
+            size += 2 * depth.weight + 1024
+        if first == 0:
+            size += rows * (2 * depth.projected + (depth.normed and plan.norm is None))
+        most = max(most, size)
+    return most
+
+
+def shares(tile: Tile, width: int, precision: str) -> bool:
+    """Whether a forward kernel takes several MLPs: all their weights on the chip, or none."""
+    return not tile.resident or (precision == "native" and width <= 64)
+
+
+def leaner(plan: Plan, resident: int) -> Plan:
+    """The plan with at most `resident` layers' weights in shared memory, and nothing read ahead."""
+
+    def tile(t: Tile) -> Tile:
+        return dataclasses.replace(t, resident=min(resident, t.resident), stages=1)
+
+    backward = tuple((length, tile(t)) for length, t in plan.backward)
+    return dataclasses.replace(plan, forward=tile(plan.forward), backward=backward)
+
+
+def fitted(plan: Plan, depth: Depth) -> Plan:
+    """`plan` itself if its kernels fit into shared memory, else with fewer weights kept there.
+
+    Raises:
+        NotImplementedError: they do not fit with none kept.
+    """
+    limit = shared_memory()
+    candidates = [plan, *(leaner(plan, count) for count in reversed(range(depth.layers + 1)))]
+
+    def first(size):
+        for candidate in candidates:
+            if size(candidate) <= limit:
+                return candidate
+        raise NotImplementedError(
+            f"width {depth.width} needs more than the device's {limit} bytes of shared memory"
+        )
+
+    forward = first(lambda plan: forward_bytes(plan.forward, depth)).forward
+    backward = first(lambda plan: backward_bytes(plan, depth)).backward
+    pair = plan.together or forward
+    joint = depth.sets > 1 and shares(pair, depth.width, depth.precision)
+    apart = plan.apart or (joint and forward_bytes(pair, depth, depth.sets) > limit)
+    return dataclasses.replace(plan, forward=forward, backward=backward, apart=apart)
 
 
 def models() -> int:

@@ -11,7 +11,7 @@ import math
 import jax
 from jax.experimental import pallas as pl
 
-from flare_jax.ops.fused.math import f32_precision, interpreted
+from flare_jax.ops.fused.math import f32_precision, interpreted, target
 
 SMS = 132  # streaming multiprocessors, where no device says otherwise (H100, H200)
 
@@ -79,9 +79,8 @@ def traced_once(*static: int):
     return decorate
 
 
-@functools.cache
 def multiprocessors() -> int:
-    device = jax.devices()[0]
+    device = target()
     return getattr(device, "core_count", None) or SMS if device.platform == "gpu" else SMS
 
 
