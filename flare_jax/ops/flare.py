@@ -8,10 +8,10 @@ has rank at most M and is never formed: time O(N M C), memory O((N + M) C), C = 
 backward (arXiv 2508.12594, section 3). `scale` is 1 in FLARE, not 1/sqrt(D).
 
 **Precision.** With u the unit round-off of the products and sums, y is off by about u max|S| times
-the spread of v, S = scale q k^T: scores of 400 cost two or three digits in any implementation, and
-none overflows. Where a softmax is saturated (one token far above all others), dq and dk are
-differences of nearly equal terms: their error is round-off relative to dy, not relative to them.
-Measured by `experiments/conditioning.py`.
+the spread of v, S = scale q k^T (max of scale sum_d |q_d k_d| where these cancel): scores of 400
+cost two or three digits in any implementation, and none overflows. Where a softmax is saturated
+(one token far above all others), dq and dk are differences of nearly equal terms: their error is
+round-off relative to dy, not relative to them. Measured by `experiments/conditioning.py`.
 
 This file checks arguments, picks an implementation and ties its forward to its backward. An
 implementation is a module with `supports, encode, decode, encode_vjp, decode_vjp` (and, where one
