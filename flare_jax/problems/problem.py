@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -195,13 +194,6 @@ class Problem:
             rel_l2_on_host(np.broadcast_to(mean, s.y.shape), s.y, s.mask, self.units) for s in tests
         ]
         return float(np.mean(np.concatenate(errors)))
-
-
-def saved_contents(folder: Path) -> dict[str, dict] | None:
-    """The contents that the run in a folder keeps; None where it keeps none."""
-    path = Path(folder) / "config.json"
-    values = json.loads(path.read_text()) if path.exists() else {}
-    return values.get("fields", {}).get("samples")
 
 
 def _contents(samples: Samples, digest: bool) -> dict:

@@ -30,7 +30,7 @@ from flare_jax import parallel
 from flare_jax.data.buckets import waste
 from flare_jax.models.flare import FLAREModel
 from flare_jax.models.functional import Params, functional, num_parameters
-from flare_jax.problems.problem import Normalizer, Problem, buckets_of, count_of, saved_contents
+from flare_jax.problems.problem import Normalizer, Problem, buckets_of, count_of
 from flare_jax.train.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -165,9 +165,8 @@ def check_folder(folder: Path | str, problem: str, config: Config, resume: bool)
 
     Raises:
         CheckpointError: it cannot be written; or is to be resumed, and holds no checkpoint or the
-            run of another configuration.
-        ValueError: it holds a run that is not to be resumed, or to be resumed that of another
-            problem.
+            run of another configuration or problem.
+        ValueError: it holds a run that is not to be resumed.
     """
     folder = writable(folder)
     steps = steps_in(folder / CHECKPOINTS)
@@ -177,10 +176,8 @@ def check_folder(folder: Path | str, problem: str, config: Config, resume: bool)
         return folder
     if not steps:
         raise CheckpointError(f"no checkpoint to resume from in {folder / CHECKPOINTS}")
-    saved = read_config(folder)
-    if saved.get("name") != problem:
-        raise ValueError(f"{folder} is a run of {saved.get('name')}, not of {problem}")
-    changed = differences(deciding(saved), deciding({"name": problem, **to_dict(config)}))
+    now = {"name": problem, **to_dict(config)}
+    changed = differences(deciding(read_config(folder)), deciding(now))
     if changed:
         raise CheckpointError(other_configuration(folder, changed))
     return folder
@@ -220,7 +217,8 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
     if mesh is not None:
         run = parallel.place(run, mesh, parallel.parameter_specs(run, mesh, fsdp))
     if resume:
-        problem.check_contents(saved_contents(folder), config.problem.data)
+        kept = read_config(folder).get("fields", {}).get("samples")  # older runs kept none
+        problem.check_contents(kept, config.problem.data)
         run = checkpoints.restore(run, saved)
     done = int(run.state.step[0])
     if done == steps and (folder / RESULT).exists():
@@ -231,8 +229,8 @@ def _fit(problem, config, folder, checkpoints, resume, mesh, fsdp) -> dict:
 
     chunk = make_steps(problem, config, plan, tx, apply, run, mesh, fsdp)
     y_normalizer = jax.tree.map(np.asarray, run.y_normalizer)
-    metrics = {"rel_l2": problem.rel_l2, **problem.metrics}
-    errors = Errors(apply, y_normalizer, mesh, metrics)
+    errors_by_name = {"rel_l2": problem.rel_l2, **problem.metrics}
+    errors = Errors(apply, y_normalizer, mesh, errors_by_name)
 
     times, began, main = [], time.perf_counter(), parallel.is_main()
     metrics = MetricsFile(folder / "metrics.jsonl" if main else Path(os.devnull), done)
